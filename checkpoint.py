@@ -1,0 +1,181 @@
+"""
+Checkpoints: tensors and plain Python values only, written so that a reader never sees half of one.
+
+Also the way in for Hugging Face's GPT-2 weights.
+"""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+
+import torch
+
+from configurator import UserError, one_of
+from model import GPT, GPTConfig
+
+FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
+
+
+def save(out_dir, state, names):
+    """Writes `state` once, and puts it under each of `names` ('best', 'last') in `out_dir` when it is whole and on disk.
+    Raises UserError if it cannot; what stood there before is then untouched."""
+    temporary = os.path.join(out_dir, 'ckpt.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        *others, final = [os.path.join(out_dir, FILES[name]) for name in names]
+        for other in others:
+            _second_name(temporary, other)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); the one there is '
+                        'untouched') from None
+    if os.name == 'posix':  # the new names must outlive a power cut too
+        folder = os.open(out_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def _second_name(path, name):
+    """Makes `name` the same file as `path`, in one step."""
+    link = name + '.tmp'
+    if os.path.exists(link):
+        os.remove(link)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, name)
+
+
+def load(path):
+    """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'no checkpoint {path}: train one with train.py, or name its folder with --out_dir') from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+        raise UserError(f'{path} is not a readable checkpoint: {str(e).splitlines()[0]}') from None
+
+
+def find(out_dir, which='best'):
+    """Path of the 'best' or 'last' checkpoint of a run's folder."""
+    one_of('ckpt', which, FILES)
+    if not os.path.isdir(out_dir):
+        raise UserError(f'no folder {out_dir!r}: train a model with train.py, or name its folder with --out_dir')
+    best, last = (os.path.join(out_dir, FILES[w]) for w in ('best', 'last'))
+    return best if which == 'best' and os.path.exists(best) else last
+
+
+def model_config(model_args):
+    """The GPTConfig of a checkpoint's model_args. Raises UserError on arguments that this version does not know."""
+    unknown = set(model_args) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise UserError(f'the checkpoint has model arguments unknown here: {", ".join(sorted(unknown))}')
+    return GPTConfig(**model_args)
+
+
+def load_model(checkpoint, device='cpu'):
+    """The trained model in a checkpoint, in evaluation mode."""
+    model = GPT(model_config(checkpoint['model_args']))
+    model.load_state_dict(checkpoint['model'])
+    return model.to(device).eval()
+
+
+def start_from(model, weights):
+    """Copies `weights` (a state dict) into a model of maybe another type; returns the names that start fresh.
+
+    Only parameters that the other type does not have may start fresh; anything else that does not fit is an error."""
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:
+            raise UserError(f'the weights hold {name}, which this model does not have')
+        if tensor.shape != own[name].shape:
+            raise UserError(f'{name} has shape {tuple(tensor.shape)} in the weights, {tuple(own[name].shape)} here')
+    fresh = [name for name in own if name not in weights]
+    model.load_state_dict(weights, strict=False)
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+def _hf_file(name, filename):
+    """Path of a file of a local folder or of a Hub repository; None if there is no such file."""
+    if os.path.isdir(name):
+        path = os.path.join(name, filename)
+        return path if os.path.isfile(path) else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        return hf_hub_download(name, filename)
+    except LocalEntryNotFoundError:
+        raise UserError(f'hf:{name} is neither a local folder nor can it be downloaded now; on a machine with a network '
+                        f'get its config.json and model.safetensors and use --init_from=hf:FOLDER') from None
+    except EntryNotFoundError:
+        return None
+    except Exception as e:
+        raise UserError(f'hf:{name} cannot be downloaded: {str(e).splitlines()[0]}') from None
+
+
+def _hf_tensors(name):
+    """The state dict of a Hugging Face folder or repository, from safetensors (one file or sharded) or from a .bin."""
+    from safetensors.torch import load_file
+    path = _hf_file(name, 'model.safetensors')
+    if path:
+        return load_file(path)
+    index = _hf_file(name, 'model.safetensors.index.json')
+    if index:
+        with open(index, encoding='utf-8') as f:
+            shards = sorted(set(json.load(f)['weight_map'].values()))
+        return {k: v for shard in shards for k, v in load_file(_hf_file(name, shard)).items()}
+    path = _hf_file(name, 'pytorch_model.bin')
+    if path:
+        return load(path)
+    raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
+
+
+def load_hf(name):
+    """GPT-2 in Hugging Face's format, from a folder or the Hub -> (model arguments, state dict in our names).
+
+    Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
+    path = _hf_file(name, 'config.json')
+    if not path:
+        raise UserError(f'hf:{name} holds no config.json')
+    with open(path, encoding='utf-8') as f:
+        config = json.load(f)
+    if config.get('model_type') != 'gpt2':
+        raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
+    inner = config.get('n_inner')
+    if inner not in (None, 4 * config['n_embd']) or config.get('activation_function', 'gelu_new') != 'gelu_new':
+        raise UserError(f'hf:{name} changes GPT-2 itself (n_inner or activation_function); plain GPT-2 can be loaded')
+    model_args = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'],
+                      n_head=config['n_head'], n_embd=config['n_embd'], bias=True)
+    weights = {}
+    for key, tensor in _hf_tensors(name).items():
+        key = 'transformer.' + key.removeprefix('transformer.')
+        if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
+            continue  # the causal mask, and the tied head
+        if key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')):
+            tensor = tensor.t()
+        weights[key] = tensor.float()
+    table = weights['transformer.wte.weight']
+    padded = GPT.padded_vocab_size(len(table))
+    weights['transformer.wte.weight'] = torch.cat((table, table.new_zeros(padded - len(table), table.size(1))))
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return model_args, weights
+
+
+def commit():
+    """The commit of this code, '-dirty' behind it where files were changed; None outside a git checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        words = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

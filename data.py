@@ -1,0 +1,100 @@
+"""
+Windows of tokens out of data/<name>/{train,val}.bin, in an order that is a pure function of the seed and a number.
+
+The position in the data is one integer, the examples seen so far: it needs no state to resume, and any number of ranks
+reads the same examples.
+"""
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError, one_of
+
+ORDERS = ('epoch', 'random')
+
+
+def mix(x):
+    """splitmix64: a well-mixed uint64 for every uint64 (Steele, Lea, Flood 2014)."""
+    x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def derive_seed(*numbers):
+    """One 63-bit seed from several whole numbers; near inputs give unrelated seeds."""
+    with np.errstate(over='ignore'):
+        seed = np.uint64(0)
+        for n in numbers:
+            seed = mix(seed ^ np.uint64(n % 2 ** 64))
+    return int(seed >> np.uint64(1))
+
+
+def permute(k, n, seed):
+    """Where the k-th (uint64 array, k < n) goes in a pseudo-random permutation of range(n), without storing one.
+
+    A four-round Feistel network over the next even power of two, walked along its cycle until it lands below n
+    (Black and Rogaway 2002); an epoch of a corpus at stride 1 would not fit in memory as a list."""
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x = np.asarray(k, dtype=np.uint64).copy()
+    todo = np.ones(x.shape, dtype=bool)
+    with np.errstate(over='ignore'):
+        while todo.any():
+            left, right = x[todo] >> half, x[todo] & mask
+            for r in range(4):
+                left, right = right, left ^ (mix(right + np.uint64(derive_seed(seed, r))) & mask)
+            x[todo] = (left << half) | right
+            todo = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+class Windows:
+    """
+    Examples of `window` tokens of one .bin file, `stride` apart.
+
+    order 'epoch': every example once per epoch, each epoch in a seeded order of its own. 'random': uniform offsets.
+    Raises UserError where the file holds less than one window.
+    """
+
+    def __init__(self, path, dtype, window, stride, order='epoch', seed=0):
+        self.dtype, self.window, self.stride, self.seed = np.dtype(dtype).newbyteorder('<'), window, stride, seed
+        self.order = one_of('data_order', order, ORDERS)
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: prepare the data set again')
+        self.file = open(path, 'rb', buffering=0)  # read piece by piece: a mapping would count as memory in use
+        self.tokens = os.path.getsize(path) // self.dtype.itemsize
+        if self.tokens < window:
+            raise UserError(f'{path} has {self.tokens} tokens, fewer than one window of {window}: '
+                            'lower --block_size or prepare more text')
+
+    def __len__(self):
+        return (self.tokens - self.window) // self.stride + 1
+
+    def offsets(self, numbers):
+        """Token offsets of the examples with these running numbers, counted from the start of training."""
+        numbers = np.asarray(numbers, dtype=np.uint64)
+        if self.order == 'random':
+            with np.errstate(over='ignore'):
+                draws = mix(mix(numbers) ^ np.uint64(derive_seed(self.seed, 1)))
+            return (draws % np.uint64(self.tokens - self.window + 1)).astype(np.int64)
+        epochs, places = np.divmod(numbers, np.uint64(len(self)))
+        index = np.empty(len(numbers), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index[here] = permute(places[here], len(self), derive_seed(self.seed, 2, int(epoch)))
+        return index * self.stride
+
+    def read(self, offsets):
+        """The windows at these token offsets, (B, window) int64."""
+        batch = np.empty((len(offsets), self.window), dtype=self.dtype)
+        for row, offset in zip(batch, offsets):
+            self.file.seek(int(offset) * self.dtype.itemsize)
+            self.file.readinto(row)
+        return torch.from_numpy(batch.astype(np.int64))
+
+    def spread(self, count):
+        """Offsets of `count` windows spread evenly over the file, fixed for ever; all of them if count is 0."""
+        count = min(count or len(self), len(self))
+        return np.linspace(0, len(self) - 1, count).round().astype(np.int64) * self.stride

@@ -1,0 +1,97 @@
+"""
+The machine a script runs on: device, number type, compiler, and the ranks that train together.
+"""
+import os
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError, one_of
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+@dataclass
+class Ranks:
+    """Where this process stands among those that train together."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device('cpu')
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value):
+        """The values of all ranks, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def pick_device(name):
+    """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'. Raises UserError if this machine does not have it."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind = one_of('device', name.split(':')[0], ('cpu', 'cuda', 'mps'))
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}[kind]
+    if not there:
+        raise UserError(f'device={name}: this machine or this build of PyTorch has none; use --device=cpu')
+    return torch.device(name)
+
+
+def cpu_multiplies_bfloat16():
+    """Whether the processor has instructions for bfloat16 products; without, they are many times slower than float32."""
+    checks = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def pick_dtype(name, device):
+    """Name of the type that matrix products run in; 'auto' is the fastest safe one of the device."""
+    if name != 'auto':
+        return name
+    if device.type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    return 'bfloat16' if device.type == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
+
+
+def autocast(device, dtype):
+    return nullcontext() if dtype == 'float32' else torch.autocast(device.type, DTYPES[dtype])
+
+
+def compiler_works(device):
+    """Whether torch.compile can build code for the device here; if not, says so once."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as e:
+        reason = str(e).strip().splitlines()
+        warnings.warn(f'torch.compile does not work here, training goes on without it ({reason[0] if reason else e!r})',
+                      stacklevel=2)
+        return False
+
+
+def setup_ranks(device, backend, timeout):
+    """Joins the process group when torchrun started this process. Raises UserError on a device that is not there."""
+    device = pick_device(device)
+    if 'RANK' not in os.environ:
+        return Ranks(device=device)
+    local_rank = int(os.environ['LOCAL_RANK'])
+    if device.type == 'cuda':
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    if backend == 'auto':
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -1,0 +1,98 @@
+"""
+What a run says: metrics.jsonl, config.json, the terminal, and wandb when asked.
+"""
+import json
+import math
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+
+
+class RunLog:
+    """metrics.jsonl, the terminal, and wandb when asked. Lives on the first rank."""
+
+    def __init__(self, trainer, keep_bytes):
+        self.trainer, self.config = trainer, trainer.config
+        os.makedirs(self.config.out_dir, exist_ok=True)
+        path = os.path.join(self.config.out_dir, 'metrics.jsonl')
+        self.file = open(path, 'ab' if keep_bytes is not None else 'wb', buffering=0)
+        if keep_bytes is not None:
+            self.file.truncate(min(keep_bytes, os.path.getsize(path)))  # what came after the checkpoint is done again
+            self.file.seek(0, os.SEEK_END)
+        self._write_config()
+        tokens = trainer.examples_per_iter * trainer.model.config.block_size
+        trainer.say(f'{trainer.model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens per iteration, '
+                    f'{trainer.schedule.max_iters} iterations, {trainer.ranks.device}, {trainer.dtype}')
+        self.tokens_per_iter, self.window, self.seconds = tokens, 0, 0.0
+        self.bar = tqdm(total=trainer.schedule.max_iters, initial=trainer.iter_num, disable=None, unit='it',
+                        dynamic_ncols=True)
+        self.wandb = start_wandb(trainer) if self.config.wandb_log else None
+
+    def _write_config(self):
+        t = self.trainer
+        facts = {'run_id': t.run_id, 'parents': t.parents, 'commit': checkpoint.commit(), 'argv': sys.argv,
+                 'torch': torch.__version__, 'device_used': str(t.ranks.device), 'dtype_used': t.dtype,
+                 'world_size': t.ranks.world_size, 'max_iters_used': t.schedule.max_iters}
+        path = os.path.join(self.config.out_dir, 'config.json')
+        with open(path, 'w', encoding='utf-8') as f:
+            json.dump(t.settings() | facts, f, indent=2)
+
+    def bytes(self):
+        return self.file.tell()
+
+    def _write(self, entry):
+        entry = {'iter': self.trainer.iter_num, **entry}
+        self.file.write((json.dumps(entry) + '\n').encode())
+        if self.wandb:
+            try:
+                self.wandb.log(entry, step=self.trainer.iter_num)
+            except Exception as e:
+                self.trainer.say(f'wandb stopped logging: {e}')
+                self.wandb = None
+
+    def step(self, loss, lr, norm, seconds):
+        """After every iteration; every log_interval-th is written, with the mean speed since the last."""
+        self.bar.update()
+        self.window, self.seconds = self.window + 1, self.seconds + seconds
+        if self.trainer.iter_num % self.config.log_interval:
+            return
+        speed = self.window * self.tokens_per_iter / self.seconds
+        self.window, self.seconds = 0, 0.0
+        self._write({'loss': loss, 'lr': lr, 'grad_norm': norm, 'tokens_per_s': round(speed, 1)})
+        self.bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
+        if self.bar.disable:
+            left = (self.trainer.schedule.max_iters - self.trainer.iter_num) * self.tokens_per_iter / speed
+            print(f'iter {self.trainer.iter_num}: loss {loss:.4f}, {speed:,.0f} tokens/s, {left / 60:.1f} min left',
+                  flush=True)
+
+    def evaluation(self, metrics):
+        meta = self.trainer.meta['splits']['val']
+        metrics['val_bits_per_byte'] = metrics['val_loss'] / math.log(2) * meta['tokens'] / meta['bytes']
+        self._write(metrics)
+        self.trainer.say(f'iter {self.trainer.iter_num}: train loss {metrics["train_loss"]:.4f}, val loss '
+                         f'{metrics["val_loss"]:.4f}, accuracy {metrics["val_accuracy"]:.3f}, '
+                         f'{metrics["val_bits_per_byte"]:.3f} bits per byte')
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(trainer):
+    """A wandb run, or None with a line that says why: a logger may never block or break a run."""
+    try:
+        import wandb
+        has_key = 'WANDB_API_KEY' in os.environ or wandb.api.api_key
+        mode = os.environ.get('WANDB_MODE') or ('online' if has_key else 'offline')  # never ask for a login
+        c = trainer.config
+        return wandb.init(project=c.wandb_project, name=c.wandb_run_name or os.path.basename(c.out_dir), mode=mode,
+                          dir=c.out_dir, config=trainer.settings(), settings=wandb.Settings(init_timeout=30))
+    except Exception as e:
+        trainer.say(f'training without wandb: {type(e).__name__}: {e}')
+        return None

@@ -1,0 +1,429 @@
+"""
+Trains any model type on any prepared data set: a laptop's CPU, one GPU, or many nodes.
+
+    python train.py config/train_python.py --max_iters=500
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+A run writes to out_dir: config.json, metrics.jsonl, ckpt.pt (the last state) and ckpt_best.pt (the best so far).
+`--init_from=resume --out_dir=DIR` goes on where a run stopped, with its settings, bit for bit on a CPU.
+"""
+import math
+import os
+import signal
+import time
+import uuid
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, configure, option, run
+from data import ORDERS, Windows, derive_seed
+from machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
+from model import GPT, GPTConfig
+from prepare import load_meta
+from runlog import RunLog
+
+SCHEDULES = ('cosine', 'linear', 'constant')
+
+
+@dataclass
+class TrainConfig:
+    """Everything about a run that is not the shape of the model."""
+    out_dir: str = option('out', 'folder of the run: checkpoints, metrics.jsonl, config.json')
+    dataset: str = option('python', 'data set, a folder below data_dir made by prepare.py')
+    data_dir: str = option('data', 'where the data sets are')
+    init_from: str = option('scratch', "'scratch', 'resume', the folder of another run, or 'hf:NAME_OR_FOLDER'")
+    # evaluation and log
+    eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each')
+    eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes the whole split')
+    eval_only: bool = option(False, 'evaluate once, print, and stop')
+    log_interval: int = option(10, 'iterations between lines of the log')
+    # data
+    batch_size: int = option(12, 'examples per micro-batch, on each rank')
+    gradient_accumulation_steps: int = option(1, 'micro-batches per iteration, over all ranks together')
+    data_order: str = option('epoch', "'epoch': every block once per epoch; 'random': random windows", ORDERS)
+    stride: int = option(0, 'tokens from one block to the next; 0 means block_size, less gives overlapping blocks')
+    seed: int = option(1337, 'of initialisation, dropout and data order')
+    # optimizer
+    max_iters: int = option(5000, 'iterations of training')
+    num_epochs: float = option(0.0, 'epochs of training; if above 0 it takes the place of max_iters')
+    learning_rate: float = option(6e-4, 'highest learning rate')
+    weight_decay: float = option(0.1, 'AdamW weight decay, of matrices and tables only')
+    beta1: float = option(0.9, 'AdamW beta1')
+    beta2: float = option(0.95, 'AdamW beta2')
+    grad_clip: float = option(1.0, 'gradient norm to clip at; 0 does not clip')
+    # learning rate schedule
+    decay_lr: bool = option(True, 'False keeps learning_rate throughout, without warmup')
+    lr_schedule: str = option('cosine', 'how the rate falls after warmup', SCHEDULES)
+    warmup_iters: int = option(0, 'iterations of linear warmup')
+    warmup_ratio: float = option(0.0, 'warmup as a share of all iterations, in place of warmup_iters')
+    warmup_epochs: float = option(0.0, 'warmup in epochs, in place of warmup_iters')
+    lr_decay_iters: int = option(0, 'iteration at which min_lr is reached; 0 means the last one')
+    min_lr: float = option(0.0, 'lowest learning rate')
+    # machine
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+    compile: bool = option(True, 'torch.compile, where it works')
+    gradient_checkpointing: bool = option(False, 'recompute activations in the backward pass: less memory, slower')
+    backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
+    ddp_timeout: int = option(1800, 'seconds that ranks wait for each other before they give up')
+    # wandb
+    wandb_log: bool = option(False, 'log to Weights & Biases as well')
+    wandb_project: str = option('nanodrift', 'wandb project')
+    wandb_run_name: str = option('', 'wandb run name; empty is the name of out_dir')
+
+    def __post_init__(self):
+        at_least = dict(eval_interval=1, eval_iters=0, log_interval=1, batch_size=1, gradient_accumulation_steps=1,
+                        stride=0, max_iters=1, num_epochs=0, learning_rate=0, weight_decay=0, grad_clip=0, min_lr=0,
+                        warmup_iters=0, warmup_ratio=0, warmup_epochs=0, lr_decay_iters=0, ddp_timeout=1)
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        for name in ('beta1', 'beta2', 'warmup_ratio'):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f'{name}={getattr(self, name)} must be at least 0 and below 1')
+        warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
+        if len(warmups) > 1:
+            raise UserError(f'{" and ".join(warmups)} contradict each other: set one, and the others to 0')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+class Schedule:
+    """How many iterations a run has, and the learning rate of each."""
+
+    def __init__(self, config, iters_per_epoch):
+        self.config = config
+        self.max_iters = math.ceil(config.num_epochs * iters_per_epoch) if config.num_epochs else config.max_iters
+        self.warmup = config.warmup_iters or round(config.warmup_ratio * self.max_iters) or \
+            round(config.warmup_epochs * iters_per_epoch)
+        self.end = config.lr_decay_iters or self.max_iters
+        if config.decay_lr and self.warmup > self.end:
+            raise UserError(f'warmup of {self.warmup} iterations is longer than the schedule of {self.end}')
+
+    def lr(self, iter_num):
+        """Learning rate of the update that follows `iter_num` updates."""
+        c = self.config
+        if not c.decay_lr:
+            return c.learning_rate
+        if iter_num < self.warmup:
+            return c.learning_rate * (iter_num + 1) / (self.warmup + 1)
+        if c.lr_schedule == 'constant':
+            return c.learning_rate
+        done = min(1.0, (iter_num - self.warmup) / max(1, self.end - self.warmup))
+        left = 1 - done if c.lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
+        return c.min_lr + left * (c.learning_rate - c.min_lr)
+
+
+class Trainer:
+    """One run: model, optimizer, data and log, and the loop over them.
+
+    `resumed` is the checkpoint that the run goes on from, or None."""
+
+    def __init__(self, config, model_config, ranks, resumed=None):
+        self.config, self.ranks = config, ranks
+        if config.gradient_accumulation_steps % ranks.world_size:
+            raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
+                            f'and must be a multiple of their number, {ranks.world_size}')
+        self.dtype = pick_dtype(config.dtype, ranks.device)
+        self.iter_num, self.best_val_loss = 0, math.inf
+        self.evaluated_iter = -1
+        self.run_id, self.parents = uuid.uuid4().hex, []
+        self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
+        torch.manual_seed(derive_seed(config.seed, ranks.rank))
+        torch.set_float32_matmul_precision('high')  # TF32 on GPUs that have it
+        self.model = self._build_model(model_config, resumed)
+        self.objective = self.model.objective
+        self.windows = {split: self._windows(split) for split in ('train', 'val')}
+        self.examples_per_iter = config.batch_size * config.gradient_accumulation_steps
+        self.schedule = Schedule(config, len(self.windows['train']) / self.examples_per_iter)
+        self.optimizer = torch.optim.AdamW(self.model.decay_groups(config.weight_decay), lr=config.learning_rate,
+                                           betas=(config.beta1, config.beta2), fused=ranks.device.type != 'mps')
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == 'float16')
+        if resumed is not None:
+            self._restore(resumed)
+        self.network = self._wrap(self.model)
+        self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
+        self.stop_signal = None
+
+    # -- building -------------------------------------------------------------------------------------------------------
+
+    def _windows(self, split):
+        c, path = self.config, os.path.join(self.config.data_dir, self.config.dataset, f'{split}.bin')
+        block_size = self.model.config.block_size
+        stride = c.stride if split == 'train' and c.stride else block_size
+        return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed)
+
+    def _build_model(self, model_config, resumed):
+        """A new model, one with another's weights, or an empty one for a checkpoint's."""
+        c = self.config
+        model_config.vocab_size = self.meta['vocab_size']
+        if resumed is not None:
+            refuse_changes(resumed, model_config, self.meta)
+        weights = None
+        if c.init_from.startswith('hf:'):
+            model_args, weights = checkpoint.load_hf(c.init_from.removeprefix('hf:'))
+            self.parents = [c.init_from]
+        elif c.init_from not in ('scratch', 'resume'):
+            source = checkpoint.load(checkpoint.find(c.init_from))
+            model_args, weights = source['model_args'], source['model']
+            self.parents = [source['run_id'], *source['parents']]
+        if weights is not None:
+            check_tokenizer(c.init_from, model_args['vocab_size'], self.meta)
+            shape = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
+            model_config = type(model_config)(**asdict(model_config) | {k: model_args[k] for k in shape})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(c.seed)  # the same initial weights on every rank
+            model = GPT(model_config)
+        if weights is not None:
+            fresh = checkpoint.start_from(model, weights)
+            self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
+        model.gradient_checkpointing = c.gradient_checkpointing
+        return model.to(self.ranks.device)
+
+    def _wrap(self, model):
+        if self.config.compile and compiler_works(self.ranks.device):
+            model.compile_blocks()
+        if self.ranks.world_size == 1:
+            return model
+        ids = [self.ranks.device.index] if self.ranks.device.type == 'cuda' else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    def state(self, random_states):
+        """Everything that resuming needs, as tensors and plain values."""
+        return {
+            'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
+            'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
+            'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
+            'run_id': self.run_id, 'parents': self.parents, 'commit': checkpoint.commit(),
+        }
+
+    def settings(self):
+        """Every key of the command line with its value."""
+        return asdict(self.config) | asdict(self.model.config)
+
+    def _restore(self, state):
+        """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
+        self.evaluated_iter = state['evaluated_iter']
+        self.run_id, self.parents = state['run_id'], state['parents']
+        if len(state['random_states']) == self.ranks.world_size:
+            mine = state['random_states'][self.ranks.rank]
+            torch.set_rng_state(mine['cpu'])
+            if self.ranks.device.type == 'cuda' and 'cuda' in mine:
+                torch.cuda.set_rng_state(mine['cuda'])
+        else:
+            self.say('another number of ranks than before: dropout goes on from a new random state')
+            torch.manual_seed(derive_seed(self.config.seed, self.ranks.rank, self.iter_num))
+
+    def save(self, *names):
+        """Writes one state under each of the names 'last' and 'best'."""
+        mine = {'cpu': torch.get_rng_state()}
+        if self.ranks.device.type == 'cuda':
+            mine['cuda'] = torch.cuda.get_rng_state()
+        random_states = self.ranks.gather(mine)
+        if self.ranks.first:
+            checkpoint.save(self.config.out_dir, self.state(random_states), names)
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def train(self):
+        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        saved = self.iter_num
+        while True:
+            if self._evaluation_due():
+                self._checkpoint_and_evaluate()
+                saved = self.iter_num
+            if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
+                break
+            self._step()
+        if saved != self.iter_num:
+            self.save('last')
+        if self.log:
+            self.log.close()
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    def _evaluation_due(self):
+        if self.config.eval_only:
+            return True
+        at_interval = self.iter_num % self.config.eval_interval == 0 or self.iter_num >= self.schedule.max_iters
+        return at_interval and self.evaluated_iter != self.iter_num
+
+    def _on_signal(self, number, frame):
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+    def _stopping(self):
+        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
+        if self.ranks.world_size > 1:
+            flag = torch.tensor(self.stop_signal or 0, device=self.ranks.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.stop_signal = int(flag) or None
+        if self.stop_signal is not None:
+            self.say(f'stopped by {signal.Signals(self.stop_signal).name} after iteration {self.iter_num}; go on with '
+                     f'--init_from=resume --out_dir={self.config.out_dir}')
+        return self.stop_signal is not None
+
+    def _checkpoint_and_evaluate(self):
+        """Saves before evaluating, so that nothing is lost should evaluation fail, and again if it was the best yet."""
+        keep = self.iter_num > 0 and not self.config.eval_only
+        if keep:
+            self.save('last')
+        train, val = self.evaluate('train'), self.evaluate('val')
+        metric = self.objective.val_metric
+        if self.log:
+            self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], 'val_accuracy': val['accuracy']})
+        if not math.isfinite(val[metric]):
+            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}; '
+                             'the best checkpoint is untouched')
+        self.evaluated_iter = self.iter_num
+        if keep and val[metric] < self.best_val_loss:
+            self.best_val_loss = val[metric]
+            self.save('best', 'last')
+
+    def _batch(self, micro):
+        """The micro-batch with this number among all of all ranks and iterations."""
+        B = self.config.batch_size
+        windows = self.windows['train']
+        tokens = windows.read(windows.offsets(range(micro * B, (micro + 1) * B)))
+        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, micro))
+        return self._to_device(self.objective.make_batch(tokens, rng))
+
+    def _to_device(self, tensors):
+        device = self.ranks.device
+        if device.type == 'cuda':
+            return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        return [t if t is None else t.to(device) for t in tensors]
+
+    def _step(self):
+        """One iteration: forward and backward over its micro-batches, clip, update."""
+        c, ranks = self.config, self.ranks
+        started = time.perf_counter()
+        lr = self.schedule.lr(self.iter_num)
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        here = c.gradient_accumulation_steps // ranks.world_size
+        first = self.iter_num * c.gradient_accumulation_steps + ranks.rank * here
+        total = torch.zeros((), device=ranks.device)
+        for i in range(here):
+            batch = self._batch(first + i)
+            last = i == here - 1
+            with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
+                with autocast(ranks.device, self.dtype):
+                    _, loss = self.network(*batch, return_logits=False)
+                self.scaler.scale(loss / here).backward()  # DDP takes the mean over ranks
+            total += loss.detach() / here
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        total = float(ranks.sum(total)) / ranks.world_size
+        self._check_finite(total, float(norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iter_num += 1
+        if self.log:
+            self.log.step(total, lr, float(norm), time.perf_counter() - started)
+
+    def _check_finite(self, loss, norm):
+        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient is ordinary:
+        the scaler skips the update and lowers its scale."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        raise SystemExit(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
+                         f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
+
+    # -- evaluation -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split):
+        """Mean metrics over fixed windows of a split, {name: value}.
+
+        Batches are dealt to the ranks and summed in one order, so that any number of ranks gives the same number; no
+        random state moves."""
+        c, windows, model = self.config, self.windows[split], self.model
+        batches = windows.spread(c.eval_iters * c.batch_size)
+        batches = [batches[i:i + c.batch_size] for i in range(0, len(batches), c.batch_size)]
+        sums, names = None, None
+        model.eval()
+        for i in range(self.ranks.rank, len(batches), self.ranks.world_size):
+            rng = torch.Generator().manual_seed(derive_seed(4, i))
+            X, Y, W = self._to_device(self.objective.make_batch(windows.read(batches[i]), rng))
+            with autocast(self.ranks.device, self.dtype):
+                found = model.metrics(X, Y, W)
+            if sums is None:
+                names = list(found)
+                sums = torch.zeros(len(batches), len(names), dtype=torch.float64)
+            sums[i] = torch.stack([found[n] for n in names]).cpu()
+        model.train()
+        return self._reduce(sums, names, len(batches))
+
+    def _reduce(self, sums, names, count):
+        """{name: sum over all batches and ranks / positions counted} of float64 sums (batches, names)."""
+        names = next(n for n in self.ranks.gather(names) if n)
+        sums = torch.zeros(count, len(names), dtype=torch.float64) if sums is None else sums
+        totals = sum(self.ranks.gather(sums)).sum(0)
+        totals = dict(zip(names, totals.tolist()))
+        positions = totals.pop('count')
+        return {name: total / positions for name, total in totals.items()}
+
+    def say(self, line):
+        if self.ranks.first:
+            tqdm.write(line)
+
+
+def check_tokenizer(where, vocab_size, meta):
+    if vocab_size != meta['vocab_size']:
+        raise UserError(f"{where} has a vocabulary of {vocab_size}, the data set one of {meta['vocab_size']}: prepare the "
+                        'data with the tokenizer of the weights')
+
+
+def refuse_changes(state, model_config, meta):
+    """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
+    if state['tokenizer'] != meta['tokenizer']:
+        raise UserError(f"cannot resume: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
+                        f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
+    differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k, None)} now'
+                 for k, v in state['model_args'].items() if getattr(model_config, k, None) != v]
+    if differing:
+        raise UserError(f"cannot resume: {'; '.join(differing)}; use --init_from=DIR to start a new run from its weights")
+
+
+def read_settings(argv):
+    """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps the settings it had; those given now,
+    in a file or on the command line, come before them."""
+    config, model_config, _ = configure(argv, TrainConfig, GPTConfig, description=__doc__)
+    if config.init_from != 'resume':
+        return config, model_config, None
+    state = checkpoint.load(checkpoint.find(config.out_dir, 'last'))
+    known = {f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls)}
+    before = {k: v for k, v in state['config'].items() if k in known}
+    config, model_config, _ = configure(argv, TrainConfig, GPTConfig, defaults=before)
+    return config, model_config, state
+
+
+def train(config, model_config, resumed=None):
+    """Trains as the two configs say. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
+    ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
+    try:
+        return Trainer(config, model_config, ranks, resumed).train()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(lambda argv: train(*read_settings(argv)))
