@@ -1,0 +1,129 @@
+"""
+Text out of a trained checkpoint.
+
+    python sample.py --out_dir=out --start="def main(" --num_samples=3
+    python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=1     streams as it goes
+    python sample.py --init_from=hf:gpt2-xl --start="What is the answer?"      published weights, no training
+"""
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from configurator import UserError, configure, option, run
+from data import derive_seed
+from machine import DTYPES, pick_device, pick_dtype
+from model import GPT, GPTConfig
+from tokenizer import EOT_TEXT, tokenizer_from_meta, tokenizer_from_spec
+
+SAMPLES_AT_ONCE = 64
+
+
+@dataclass
+class SampleConfig:
+    """What to sample, from what, and how."""
+    out_dir: str = option('out', 'folder of the run to sample from')
+    ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
+    init_from: str = option('resume', "'resume' reads out_dir; 'hf:NAME_OR_FOLDER' reads GPT-2 weights instead")
+    start: str = option('\n', 'the prompt, or FILE:path to read it from; empty is the start of a new document')
+    num_samples: int = option(10, 'how many samples; a single one is streamed')
+    max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner')
+    temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the likeliest')
+    top_k: int = option(200, 'draw from the k likeliest tokens; 0 from all')
+    top_p: float = option(1.0, 'draw from the fewest likeliest tokens that have this much probability together')
+    ignore_eot: bool = option(False, 'go on past end-of-text')
+    seed: int = option(1337, 'the same seed gives the same samples on the same machine')
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+
+    def __post_init__(self):
+        for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        if not 0 < self.top_p <= 1:
+            raise UserError(f'top_p={self.top_p} must be above 0 and at most 1')
+
+
+def load(config):
+    """-> the model in evaluation mode on its device, its tokenizer."""
+    device = pick_device(config.device)
+    dtype = DTYPES[pick_dtype(config.dtype, device)]
+    if config.init_from.startswith('hf:'):
+        model_args, weights = checkpoint.load_hf(config.init_from.removeprefix('hf:'))
+        model, tokenizer = GPT(GPTConfig(**model_args)), tokenizer_from_spec('gpt2')
+        checkpoint.start_from(model, weights)
+    elif config.init_from == 'resume':
+        state = checkpoint.load(checkpoint.find(config.out_dir, config.ckpt))
+        model, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
+    else:
+        raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
+    return model.to(device, dtype).eval(), tokenizer
+
+
+def read_prompt(start):
+    """The text of --start."""
+    if not start.startswith('FILE:'):
+        return start
+    path = start.removeprefix('FILE:')
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f'cannot read the prompt {path}: {e.strerror}') from None
+    except UnicodeDecodeError as e:
+        raise UserError(f'the prompt {path} is not UTF-8 (byte {e.start})') from None
+
+
+def generate(model, tokenizer, prompt, count, config, seed):
+    """Yields, per step, the new token ids of `count` samples: a list with None where a sample has ended."""
+    idx = torch.tensor([prompt] * count, device=model.lm_head.weight.device)
+    done = [False] * count
+    for column in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p, seed):
+        ids = column.tolist()
+        done = [d or (i == tokenizer.eot and not config.ignore_eot) for d, i in zip(done, ids)]
+        yield [None if d else i for d, i in zip(done, ids)]
+        if all(done):
+            return
+
+
+def stream(text, tokenizer, steps):
+    """Prints one sample while it grows; returns its number of tokens."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may end inside a character
+    print(text, end='', flush=True)
+    count = 0
+    for (token,) in steps:
+        if token is not None:
+            print(decoder.decode(tokenizer.decode_bytes([token])), end='', flush=True)
+            count += 1
+    print(decoder.decode(b'', final=True), flush=True)
+    return count
+
+
+def main(argv):
+    config, words = configure(argv, SampleConfig, description=__doc__)
+    text = read_prompt(config.start)
+    model, tokenizer = load(config)
+    sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
+    prompt = tokenizer.encode(text) or [tokenizer.eot]
+    tokens, started = 0, time.perf_counter()
+    if config.num_samples == 1:
+        tokens = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
+    else:
+        for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
+            count = min(SAMPLES_AT_ONCE, config.num_samples - first)
+            steps = list(generate(model, tokenizer, prompt, count, config, derive_seed(config.seed, first)))
+            for column in zip(*steps):
+                ids = [token for token in column if token is not None]
+                tokens += len(ids)
+                ended = len(ids) < config.max_new_tokens and tokenizer.eot not in ids
+                print(text + tokenizer.decode(ids) + (EOT_TEXT if ended else ''))
+                print('---------------', flush=True)
+    seconds = time.perf_counter() - started
+    print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    run(main)
