@@ -17,7 +17,7 @@ from configurator import UserError, configure, option, run
 from data import derive_seed
 from machine import DTYPES, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from tokenizer import EOT_TEXT, tokenizer_from_meta, tokenizer_from_spec
+from tokenizer import tokenizer_from_meta, tokenizer_from_spec
 
 SAMPLES_AT_ONCE = 64
 
@@ -118,9 +118,7 @@ def main(argv):
             for column in zip(*steps):
                 ids = [token for token in column if token is not None]
                 tokens += len(ids)
-                ended = len(ids) < config.max_new_tokens and tokenizer.eot not in ids
-                print(text + tokenizer.decode(ids) + (EOT_TEXT if ended else ''))
-                print('---------------', flush=True)
+                print(text + tokenizer.decode(ids), '---------------', sep='\n', flush=True)
     seconds = time.perf_counter() - started
     print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s', file=sys.stderr)
 

@@ -1,0 +1,254 @@
+"""
+Speed and memory of training and of generation, alone or side by side with a nanoGPT checkout.
+
+    python bench.py
+    python bench.py --against=../nanoGPT --n_layer=12 --n_head=12 --n_embd=768 --batch_size=4
+
+Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
+machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
+float32 on a CPU, compiled in bfloat16 on a GPU. The last line of stdout is one JSON object.
+"""
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError, configure, option, run
+from data import Windows, derive_seed
+from machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
+from model import GPT, GPTConfig
+from prepare import load_meta
+
+SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': False}  # where the command line is silent
+PARTS = ('train', 'generate')
+
+
+@dataclass
+class BenchConfig:
+    """What to measure, and how often."""
+    against: str = option('', 'path of a nanoGPT checkout to measure side by side')
+    part: str = option('all', 'which part', ('all', *PARTS))
+    batch_size: int = option(16, 'examples per training step')
+    streams: str = option('1,8', 'how many samples are generated together, one measurement for each')
+    new_tokens: int = option(256, 'tokens generated per stream')
+    rounds: int = option(5, 'times that the sides take turns; medians are reported')
+    data: str = option('', 'folder of a prepared data set for real batches; empty takes random ids')
+    seed: int = option(1337, 'of weights and batches')
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+    compile: bool = option(True, 'torch.compile, where it works')
+    only: str = option('', "measure the memory of this side alone; bench.py calls itself with it", ('', 'ours', 'nanoGPT'))
+
+
+class Side:
+    """One of the models compared: how it takes a training step, and how it generates."""
+
+    def __init__(self, name, model, optimizer, step, generate):
+        self.name, self.model, self.optimizer, self.step, self.generate = name, model, optimizer, step, generate
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def update(model, optimizer, loss):
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def our_side(config, model_config, device, dtype):
+    """This repository's model, stepped as train.py steps it and sampled as sample.py samples it."""
+    torch.manual_seed(config.seed)
+    model = GPT(model_config).to(device)
+    if config.compile and config.part != 'generate' and compiler_works(device):
+        model.compile_blocks()
+    optimizer = torch.optim.AdamW(model.decay_groups(0.1), lr=1e-3, betas=(0.9, 0.95), fused=device.type != 'mps')
+
+    def step(X, Y):
+        with autocast(device, dtype):
+            _, loss = model(X, Y, return_logits=False)
+        update(model, optimizer, loss)
+        return loss
+
+    def generate(prompt, count):
+        for column in model.generate(prompt, count, temperature=0.8, top_k=200):
+            column.tolist()  # sample.py looks at every token
+
+    return Side('ours', model, optimizer, step, generate)
+
+
+def nanogpt_side(config, model_config, device, dtype):
+    """A nanoGPT checkout's own model, with the same initial weights."""
+    path = os.path.join(config.against, 'model.py')
+    if not os.path.isfile(path):
+        raise UserError(f'against={config.against!r} is not a nanoGPT checkout: it has no model.py')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['nanogpt_model'] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    c = model_config
+    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=GPT.padded_vocab_size(c.vocab_size),
+                                        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout,
+                                        bias=c.bias))
+    torch.manual_seed(config.seed)
+    model.load_state_dict(GPT(c).state_dict())
+    model.to(device)
+    on_cpu = device.type == 'cpu'
+    network = model if on_cpu else torch.compile(model)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+
+    def step(X, Y):
+        with autocast(device, 'float32' if on_cpu else dtype):
+            _, loss = network(X, Y)
+        update(model, optimizer, loss)
+        return loss
+
+    return Side('nanoGPT', model, optimizer, step, lambda prompt, count: model.generate(prompt, count, 0.8, 200))
+
+
+def batches(config, model_config, device):
+    """An endless iterator of the X, Y that both sides are trained on."""
+    B, T = config.batch_size, model_config.block_size
+    windows = None
+    if config.data:
+        windows = Windows(os.path.join(config.data, 'train.bin'), load_meta(config.data)['dtype'], T + 1, T, 'random',
+                          config.seed)
+    number = 0
+    while True:
+        rng = torch.Generator().manual_seed(derive_seed(config.seed, number))
+        if windows:
+            tokens = windows.read(windows.offsets(range(number * B, number * B + B)))
+        else:
+            tokens = torch.randint(model_config.vocab_size, (B, T + 1), generator=rng)
+        yield tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
+        number += 1
+
+
+def clock(device, function, *arguments):
+    """Seconds that a call takes."""
+    synchronize(device)
+    started = time.perf_counter()
+    function(*arguments)
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def peak_flops(device, dtype, rounds=5, size=2048):
+    """Floating-point operations per second of square matrix products: what this machine can do, as it is now."""
+    a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype]).unbind(0)
+    times = [clock(device, torch.mm, a, b) for _ in range(rounds + 2)][2:]
+    return 2 * size ** 3 / statistics.median(times)
+
+
+def take_turns(sides, rounds, measure):
+    """{side name: [seconds of each round]}, the sides one after the other in every round."""
+    times = {side.name: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            times[side.name].append(measure(side))
+    return times
+
+
+def bench_train(config, model_config, sides, device):
+    """Milliseconds of a training step (forward, backward, clip, update)."""
+    source = batches(config, model_config, device)
+    for side in sides:
+        for _ in range(3):
+            side.step(*next(source))
+    drawn = [next(source) for _ in range(config.rounds)]
+    turns = {side.name: iter(drawn) for side in sides}
+    return take_turns(sides, config.rounds, lambda side: clock(device, side.step, *next(turns[side.name])))
+
+
+def bench_generate(config, sides, device, streams):
+    """Seconds to generate new_tokens for each of so many streams, from a prompt of one token."""
+    prompt = torch.zeros(streams, 1, dtype=torch.long, device=device)
+    for side in sides:
+        side.model.eval()
+        side.generate(prompt, 4)
+    return take_turns(sides, config.rounds, lambda side: clock(device, side.generate, prompt, config.new_tokens))
+
+
+def memory_of(name):
+    """MiB that a fresh process with this side alone needs at its peak for three training steps."""
+    words = [sys.executable, *sys.argv, f'--only={name}', '--part=train', '--compile=False']
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f'measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}')
+    return json.loads(done.stdout.splitlines()[-1])['peak_MiB']
+
+
+def peak_memory(device):
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(title, times, tokens, unit_flops=None, peak=None):
+    """Prints a table of one measurement and returns it as a dict."""
+    print(f'\n{title}')
+    found = {}
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row = {'ms': round(median * 1e3, 2), 'ms_min': round(min(seconds) * 1e3, 2), 'ms_max': round(max(seconds) * 1e3, 2),
+               'tokens_per_s': round(tokens / median, 1)}
+        line = f'  {name:<8} {row["ms"]:>10,.1f} ms [{row["ms_min"]:,.1f} to {row["ms_max"]:,.1f}] ' \
+               f'{row["tokens_per_s"]:>11,.1f} tokens/s'
+        if peak:
+            row['of_peak'] = round(unit_flops * tokens / median / peak, 3)
+            line += f'  {row["of_peak"]:6.1%} of the matrix-product peak'
+        print(line, flush=True)
+        found[name] = row
+    if len(times) == 2:
+        ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanoGPT'])]
+        found['ratio'] = round(statistics.median(ratios), 2)
+        print(f'  ours is {found["ratio"]:.2f} times as fast [{min(ratios):.2f} to {max(ratios):.2f}, round by round]')
+    return found
+
+
+def main(argv):
+    config, model_config, _ = configure(argv, BenchConfig, GPTConfig, description=__doc__, defaults=SIZES)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
+    names = [config.only] if config.only else ['ours'] + ['nanoGPT'] * bool(config.against)
+    sides = [makers[name](config, model_config, device, dtype) for name in names]
+    if config.only:
+        source = batches(config, model_config, device)
+        for _ in range(3):
+            sides[0].step(*next(source))
+        print(json.dumps({'peak_MiB': round(peak_memory(device), 1)}))
+        return
+    c = model_config
+    peak = peak_flops(device, dtype)
+    print(f'{c.n_layer} layers x {c.n_head} heads x {c.n_embd}, block {c.block_size}, vocabulary {c.vocab_size}, batch '
+          f'{config.batch_size}; {device}, {torch.get_num_threads()} threads, ours in {dtype}; matrix products at '
+          f'{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}')
+    result = {'peak_gflops': round(peak / 1e9, 1), 'dtype': dtype, 'device': str(device)}
+    if config.part in ('all', 'train'):
+        tokens = config.batch_size * c.block_size
+        times = bench_train(config, c, sides, device)
+        result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
+        result['peak_MiB'] = {name: memory_of(name) for name in names}
+        print('  peak memory of a process of its own: ' +
+              ', '.join(f'{name} {mib:,.0f} MiB' for name, mib in result['peak_MiB'].items()))
+    if config.part in ('all', 'generate'):
+        for streams in map(int, config.streams.split(',')):
+            times = bench_generate(config, sides, device, streams)
+            result[f'generate_{streams}'] = report(f'generation, {streams} stream(s) of {config.new_tokens} tokens', times,
+                                                   streams * config.new_tokens)
+    print(json.dumps(result))
+
+
+if __name__ == '__main__':
+    run(main)
