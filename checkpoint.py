@@ -5,7 +5,6 @@ Also the way in for Hugging Face's GPT-2 weights.
 """
 import json
 import os
-import pickle
 import shutil
 import subprocess
 
@@ -22,6 +21,8 @@ def save(out_dir, state, names):
     Raises UserError if it cannot; what stood there before is then untouched."""
     temporary = os.path.join(out_dir, 'ckpt.tmp')
     try:
+        if os.path.exists(temporary):  # of a run that was killed; it may already be the best checkpoint by another name
+            os.remove(temporary)
         with open(temporary, 'wb') as f:
             torch.save(state, f)
             f.flush()
@@ -53,14 +54,28 @@ def _second_name(path, name):
     os.replace(link, name)
 
 
-def load(path):
-    """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
+def _read(path):
+    """The dict that torch.save wrote to `path`, its tensors on the CPU."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}: train one with train.py, or name its folder with --out_dir') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise UserError(f'{path} is not a readable checkpoint: {str(e).splitlines()[0]}') from None
+    except OSError as e:
+        raise UserError(f'{path} is not a readable checkpoint: {e.strerror}') from None
+    except Exception:  # whatever the unpickler stumbles over; its advice is to run the code that may be in the file
+        state = None
+    if not isinstance(state, dict):
+        raise UserError(f'{path} is not a readable checkpoint: it is damaged, or holds more than tensors and plain values')
+    return state
+
+
+def load(path):
+    """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
+    state = _read(path)
+    missing = [key for key in ('model', 'model_args', 'config', 'tokenizer', 'iter_num') if key not in state]
+    if missing:
+        raise UserError(f'{path} is not a readable checkpoint of nanoDrift: it has no {", ".join(missing)}')
+    return state
 
 
 def find(out_dir, which='best'):
@@ -136,7 +151,7 @@ def _hf_tensors(name):
         return {k: v for shard in shards for k, v in load_file(_hf_file(name, shard)).items()}
     path = _hf_file(name, 'pytorch_model.bin')
     if path:
-        return load(path)
+        return _read(path)
     raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
 
 

@@ -40,7 +40,8 @@ def parse(name, value, kind, choices=None):
         if kind is bool:
             value = {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
         elif kind is int:
-            number = float(value) if not isinstance(value, str) or not value.lstrip('+-').isdigit() else int(value)
+            exact = isinstance(value, int) or isinstance(value, str) and value.lstrip('+-').isdigit()
+            number = int(value) if exact else float(value)
             if isinstance(value, bool) or number != int(number):
                 raise ValueError
             value = int(number)
@@ -67,10 +68,11 @@ def read_config_file(path):
         raise UserError(f"no config file {path!r}; a config file is given by its path, a setting as --key=value")
     try:
         found = runpy.run_path(path)
-    except Exception as e:
-        raise UserError(f"{path} is not a readable Python file: {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise UserError(f'{path} is not a readable Python file: {reason}') from None
     return {k: v for k, v in found.items()
-            if not k.startswith('_') and not isinstance(v, (types.ModuleType, types.FunctionType, type))}
+            if not k.startswith('_') and not isinstance(v, types.ModuleType) and not callable(v)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,7 +106,7 @@ def configure(argv, *classes, description=None, defaults=None,
     """
     known = {f.name: f for cls in classes for f in fields(cls)}
     assert len(known) == sum(len(fields(cls)) for cls in classes), 'two dataclasses share a key'
-    arguments, strangers = _build_parser(classes, description, positional).parse_known_args(argv)
+    arguments, strangers = _build_parser(classes, description, positional).parse_known_intermixed_args(argv)
     if strangers:
         key = strangers[0].split('=')[0].lstrip('-')
         raise unknown_key(key, known, 'the command line')

@@ -95,6 +95,6 @@ class Windows:
         return torch.from_numpy(batch.astype(np.int64))
 
     def spread(self, count):
-        """Offsets of `count` windows spread evenly over the file, fixed for ever; all of them if count is 0."""
-        count = min(count or len(self), len(self))
+        """Offsets of `count` windows, or of all if there are fewer, spread evenly over the file and always the same."""
+        count = min(count, len(self))
         return np.linspace(0, len(self) - 1, count).round().astype(np.int64) * self.stride

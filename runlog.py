@@ -9,7 +9,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from configurator import UserError
 
 
 class RunLog:
@@ -17,13 +17,11 @@ class RunLog:
 
     def __init__(self, trainer, keep_bytes):
         self.trainer, self.config = trainer, trainer.config
-        os.makedirs(self.config.out_dir, exist_ok=True)
-        path = os.path.join(self.config.out_dir, 'metrics.jsonl')
-        self.file = open(path, 'ab' if keep_bytes is not None else 'wb', buffering=0)
-        if keep_bytes is not None:
-            self.file.truncate(min(keep_bytes, os.path.getsize(path)))  # what came after the checkpoint is done again
-            self.file.seek(0, os.SEEK_END)
-        self._write_config()
+        try:
+            self.file = self._open(keep_bytes)
+            self._write_config()
+        except OSError as e:
+            raise UserError(f'cannot write to out_dir={self.config.out_dir}: {e.strerror}') from None
         tokens = trainer.examples_per_iter * trainer.model.config.block_size
         trainer.say(f'{trainer.model.num_params() / 1e6:.2f}M parameters, {tokens:,} tokens per iteration, '
                     f'{trainer.schedule.max_iters} iterations, {trainer.ranks.device}, {trainer.dtype}')
@@ -32,9 +30,19 @@ class RunLog:
                         dynamic_ncols=True)
         self.wandb = start_wandb(trainer) if self.config.wandb_log else None
 
+    def _open(self, keep_bytes):
+        """metrics.jsonl: empty for a new run, else cut to what the checkpoint knows; what came after is done again."""
+        os.makedirs(self.config.out_dir, exist_ok=True)
+        path = os.path.join(self.config.out_dir, 'metrics.jsonl')
+        file = open(path, 'wb' if keep_bytes is None else 'ab', buffering=0)
+        if keep_bytes is not None:
+            file.truncate(min(keep_bytes, os.path.getsize(path)))
+            file.seek(0, os.SEEK_END)
+        return file
+
     def _write_config(self):
         t = self.trainer
-        facts = {'run_id': t.run_id, 'parents': t.parents, 'commit': checkpoint.commit(), 'argv': sys.argv,
+        facts = {'run_id': t.run_id, 'parents': t.parents, 'commit': t.commit, 'argv': sys.argv,
                  'torch': torch.__version__, 'device_used': str(t.ranks.device), 'dtype_used': t.dtype,
                  'world_size': t.ranks.world_size, 'max_iters_used': t.schedule.max_iters}
         path = os.path.join(self.config.out_dir, 'config.json')
@@ -46,7 +54,11 @@ class RunLog:
 
     def _write(self, entry):
         entry = {'iter': self.trainer.iter_num, **entry}
-        self.file.write((json.dumps(entry) + '\n').encode())
+        valid = {k: v if math.isfinite(v) else None for k, v in entry.items()}  # JSON knows no infinity
+        try:
+            self.file.write((json.dumps(valid) + '\n').encode())
+        except OSError as e:
+            raise UserError(f'cannot write to {self.file.name}: {e.strerror}; the checkpoints are untouched') from None
         if self.wandb:
             try:
                 self.wandb.log(entry, step=self.trainer.iter_num)

@@ -40,7 +40,7 @@ class TrainConfig:
     init_from: str = option('scratch', "'scratch', 'resume', the folder of another run, or 'hf:NAME_OR_FOLDER'")
     # evaluation and log
     eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each')
-    eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes the whole split')
+    eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes all of validation')
     eval_only: bool = option(False, 'evaluate once, print, and stop')
     log_interval: int = option(10, 'iterations between lines of the log')
     # data
@@ -82,11 +82,13 @@ class TrainConfig:
                         stride=0, max_iters=1, num_epochs=0, learning_rate=0, weight_decay=0, grad_clip=0, min_lr=0,
                         warmup_iters=0, warmup_ratio=0, warmup_epochs=0, lr_decay_iters=0, ddp_timeout=1)
         for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f'{name}={getattr(self, name)} must be at least {least}, and finite')
         for name in ('beta1', 'beta2', 'warmup_ratio'):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0 and below 1')
+        if not 0 <= self.seed < 2 ** 63:
+            raise UserError(f'seed={self.seed} must be at least 0 and below 2 ** 63')
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
         if len(warmups) > 1:
             raise UserError(f'{" and ".join(warmups)} contradict each other: set one, and the others to 0')
@@ -133,7 +135,8 @@ class Trainer:
                             f'and must be a multiple of their number, {ranks.world_size}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.iter_num, self.best_val_loss = 0, math.inf
-        self.evaluated_iter = -1
+        self.evaluated_iter, self.saved_iter = -1, -1
+        self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
         self.run_id, self.parents = uuid.uuid4().hex, []
         self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
@@ -204,7 +207,7 @@ class Trainer:
             'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
             'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
-            'run_id': self.run_id, 'parents': self.parents, 'commit': checkpoint.commit(),
+            'run_id': self.run_id, 'parents': self.parents, 'commit': self.commit,
         }
 
     def settings(self):
@@ -217,7 +220,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.scaler.load_state_dict(state['scaler'])
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
-        self.evaluated_iter = state['evaluated_iter']
+        self.evaluated_iter, self.saved_iter = state['evaluated_iter'], state['iter_num']
         self.run_id, self.parents = state['run_id'], state['parents']
         if len(state['random_states']) == self.ranks.world_size:
             mine = state['random_states'][self.ranks.rank]
@@ -236,6 +239,7 @@ class Trainer:
         random_states = self.ranks.gather(mine)
         if self.ranks.first:
             checkpoint.save(self.config.out_dir, self.state(random_states), names)
+        self.saved_iter = self.iter_num
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
@@ -243,15 +247,13 @@ class Trainer:
         """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        saved = self.iter_num
         while True:
             if self._evaluation_due():
                 self._checkpoint_and_evaluate()
-                saved = self.iter_num
             if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
                 break
             self._step()
-        if saved != self.iter_num:
+        if self.saved_iter != self.iter_num and not self.config.eval_only:
             self.save('last')
         if self.log:
             self.log.close()
@@ -265,7 +267,8 @@ class Trainer:
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if self.ranks.world_size == 1:  # torchrun may pass on what the rank had already, and kills in the end anyway
+            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
     def _stopping(self):
         """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
@@ -355,7 +358,7 @@ class Trainer:
         Batches are dealt to the ranks and summed in one order, so that any number of ranks gives the same number; no
         random state moves."""
         c, windows, model = self.config, self.windows[split], self.model
-        batches = windows.spread(c.eval_iters * c.batch_size)
+        batches = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
         batches = [batches[i:i + c.batch_size] for i in range(0, len(batches), c.batch_size)]
         sums, names = None, None
         model.eval()
@@ -425,5 +428,9 @@ def train(config, model_config, resumed=None):
             dist.destroy_process_group()
 
 
+def main(argv):
+    return train(*read_settings(argv))
+
+
 if __name__ == '__main__':
-    run(lambda argv: train(*read_settings(argv)))
+    run(main)

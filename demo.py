@@ -1,0 +1,83 @@
+"""
+The whole path in one command: prepare the embedded corpus, train a few minutes on a CPU, weigh the result against xz,
+print three samples. Everything in it is a command that you can run yourself; each is printed before it runs.
+
+    make demo
+    python demo.py --max_iters=50
+"""
+import json
+import lzma
+import math
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import configure, option, run
+from model import MODEL_TYPES
+from prepare import load_meta
+from tokenizer import tokenizer_from_meta
+
+DATASET, TOKENIZER, CONFIG = 'python', 'bpe:4096', 'config/train_python.py'
+
+
+@dataclass
+class DemoConfig:
+    """The demo's few choices; the rest is in its config file."""
+    model_type: str = option('gpt2', 'which of the model types', MODEL_TYPES)
+    out_dir: str = option('out-demo', 'folder of the run')
+    data_dir: str = option('data', 'where the data sets are')
+    max_iters: int = option(0, 'iterations of training; 0 is what the config file says')
+
+
+def call(*words):
+    """Runs `python WORDS` as a user would, and ends with its exit code if it fails."""
+    print('\n$ python ' + shlex.join(words), flush=True)
+    code = subprocess.run([sys.executable, *words], check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def validation_text(folder):
+    """The bytes of a data set's validation documents, one after the other."""
+    meta = load_meta(folder)
+    tokenizer = tokenizer_from_meta(meta['tokenizer'])
+    ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'))
+    return tokenizer.decode_bytes(ids[ids != meta['eot']].tolist())
+
+
+def last_evaluation(out_dir):
+    """The last evaluation in a run's metrics.jsonl."""
+    with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
+        return [entry for entry in map(json.loads, f) if 'val_loss' in entry][-1]
+
+
+def main(argv):
+    config, _ = configure(argv, DemoConfig, description=__doc__)
+    dataset = f'{DATASET}_{TOKENIZER.replace(":", "")}'
+    folder = os.path.join(config.data_dir, dataset)
+    place = [f'--out_dir={config.out_dir}', f'--data_dir={config.data_dir}']
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        call('prepare.py', DATASET, f'--tokenizer={TOKENIZER}', f'--data_dir={config.data_dir}')
+    length = [f'--max_iters={config.max_iters}'] if config.max_iters else []
+    call('train.py', CONFIG, f'--model_type={config.model_type}', *place, *length)
+    call('train.py', '--init_from=resume', '--eval_only=True', '--eval_iters=0', *place)
+    weigh(config.out_dir, folder)
+    call('sample.py', f'--out_dir={config.out_dir}', '--num_samples=3', '--max_new_tokens=150', '--start=def ')
+
+
+def weigh(out_dir, folder):
+    """Bits per byte of the model beside those of xz on the same text: a language model is a compressor."""
+    text = validation_text(folder)
+    xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    model = last_evaluation(out_dir)['val_bits_per_byte']
+    assert math.isfinite(model), 'training stops by itself on a loss that is not finite'
+    print(f'\nvalidation text, {len(text):,} bytes: the model needs {model:.3f} bits per byte, xz -9 {xz:.3f}'
+          f'{"" if model < xz else " (the model has not caught up yet: train longer)"}', flush=True)
+
+
+if __name__ == '__main__':
+    run(main)

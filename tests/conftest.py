@@ -1,0 +1,149 @@
+"""
+What the tests share: no network, one thread, a tiny data set, tiny runs.
+
+Runs start in three ways: in this process (`tiny`, `resume`), which is fastest; in a fork of a process that has imported
+train.py (`fork`), for signals, kills and ranks; as a command (`run_script`), where the command itself is the point.
+"""
+import importlib.util
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from dataclasses import fields
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OFFLINE = os.path.join(ROOT, 'tests', 'offline')
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch comes in: sums of floats depend on the number of threads
+os.environ['PYTHONPATH'] = os.pathsep.join([OFFLINE, ROOT, os.path.dirname(__file__)])  # of child processes
+for name in ('WANDB_API_KEY', 'WANDB_MODE', 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+    os.environ.pop(name, None)
+sys.path[:0] = [ROOT]
+_spec = importlib.util.spec_from_file_location('offline', os.path.join(OFFLINE, 'sitecustomize.py'))
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+import pytest
+import torch
+
+import prepare
+import train
+from model import GPTConfig
+
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['train', 'conftest'])
+
+TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1, device='cpu',
+            dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)
+
+
+def pseudo_text(documents=40, seed=0):
+    """Text with something to learn: words of a small vocabulary, in sentences, in documents."""
+    rng = random.Random(seed)
+    words = ['drift', 'noise', 'heat', 'token', 'mask', 'the', 'a', 'of', 'and', 'flows', 'learns', 'cools', 'café']
+    sentences = [' '.join(rng.choices(words, k=rng.randint(3, 7))).capitalize() + '.' for _ in range(documents * 4)]
+    return '\n<|endoftext|>\n'.join(' '.join(sentences[i::documents]) for i in range(documents))
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder with the data set `tiny_byte`, made by prepare.py; about 5,000 tokens in 40 documents."""
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'tiny.txt').write_text(pseudo_text(), encoding='utf-8')
+    handler = signal.getsignal(signal.SIGTERM)
+    prepare.main([f'--input={folder / "tiny.txt"}', '--name=tiny', '--tokenizer=byte', '--num_proc=1',
+                  f'--data_dir={folder}'])
+    signal.signal(signal.SIGTERM, handler)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(tmp_path, data_dir):
+    """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path."""
+    def make(out_dir='run', **overrides):
+        return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
+    return make
+
+
+@pytest.fixture
+def tiny(settings):
+    """tiny(**overrides) -> (TrainConfig, GPTConfig), for train.train and train.Trainer."""
+    def make(**overrides):
+        values = settings(**overrides)
+        return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+                for cls in (train.TrainConfig, GPTConfig)]
+    return make
+
+
+@pytest.fixture
+def command_line(settings):
+    """command_line(**overrides) -> the same settings as arguments of train.py."""
+    return lambda **overrides: [f'--{key}={value}' for key, value in settings(**overrides).items()]
+
+
+def resume(out_dir, *args):
+    """Goes on with the run in `out_dir`, in this process, as `train.py --init_from=resume --out_dir=...` does."""
+    return train.train(*train.read_settings(['--init_from=resume', f'--out_dir={out_dir}', *args]))
+
+
+def run_script(name, *args, check=True, env=None, timeout=120):
+    """Runs `python NAME ARGS` in the repository -> CompletedProcess with text; check=True asks for exit code 0."""
+    done = subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, env=os.environ | (env or {}),
+                          stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=timeout)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def forked(output, env, function, args):
+    """The body of a fork: output to a file, then the function, whose value is the exit code."""
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    try:
+        sys.exit(function(*args))
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(function, *args, env={}) -> a started process of its own; its output goes to tmp_path/fork.out."""
+    started = []
+
+    def start(function, *args, env=None):
+        process = FORKS.Process(target=forked, args=(str(tmp_path / 'fork.out'), env or {}, function, args))
+        process.start()
+        started.append(process)
+        return process
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def fork_ranks(fork):
+    """fork_ranks(function, *args) -> two started processes, each with the environment that torchrun gives a rank."""
+    def start(function, *args, world_size=2):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        shared = dict(WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        return [fork(function, *args, env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)))
+                for rank in range(world_size)]
+    return start
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace():
+    """A run takes over the signals and the random stream; the next test and pytest's own Ctrl-C want them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""Every file in config/ runs, shrunken; and says how it is run and what comes of it."""
+import glob
+import json
+import os
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+from configurator import read_config_file
+from model import GPTConfig
+from train import TrainConfig, main
+
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))
+SMALLER = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 2,
+           'max_iters': 2, 'num_epochs': 0, 'warmup_iters': 0, 'warmup_ratio': 0, 'eval_interval': 2, 'eval_iters': 1,
+           'log_interval': 1, 'compile': False, 'device': 'cpu'}
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
+def test_config_runs_two_iterations(path, tmp_path, data_dir):
+    small = [f'--{key}={value}' for key, value in SMALLER.items()]
+    place = [f'--data_dir={data_dir}', '--dataset=tiny_byte', f'--out_dir={tmp_path / "out"}']
+    assert main([path, *small, *place]) == 0
+    lines = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
+    assert [entry['iter'] for entry in lines if 'loss' in entry] == [1, 2]
+    assert (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
+def test_config_is_headed_by_its_command_and_result(path):
+    with open(path, encoding='utf-8') as f:
+        head = [line for line in f if line.startswith('#')]
+    text = ''.join(head)
+    assert f'config/{os.path.basename(path)}' in text, 'the command'
+    assert 'loss' in text, 'what comes of it'
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
+def test_config_holds_only_what_differs_from_the_defaults(path):
+    defaults = {f.name: f.default for cls in (TrainConfig, GPTConfig) for f in fields(cls)}
+    assert [key for key, value in read_config_file(path).items() if defaults[key] == value] == []

@@ -1,0 +1,96 @@
+"""sample.py as a user runs it."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+
+import checkpoint
+import sample
+from train import main
+
+
+@pytest.fixture(scope='module')
+def out_dir(tmp_path_factory, data_dir):
+    """A run of a few iterations."""
+    settings = TINY | {'data_dir': data_dir, 'dataset': 'tiny_byte', 'max_iters': 20, 'eval_interval': 20,
+                       'out_dir': str(tmp_path_factory.mktemp('sample') / 'out')}
+    assert main([f'--{key}={value}' for key, value in settings.items()]) == 0
+    return settings['out_dir']
+
+
+def test_samples_are_reproducible_by_seed_and_count_their_speed(out_dir):
+    words = ['sample.py', f'--out_dir={out_dir}', '--num_samples=3', '--max_new_tokens=12', '--start=ab']
+    first, again, other = run_script(*words), run_script(*words), run_script(*words, '--seed=1')
+    assert first.stdout == again.stdout != other.stdout
+    samples = first.stdout.split('---------------\n')[:-1]
+    assert len(samples) == 3 and all(s.startswith('ab') for s in samples)
+    assert 'tokens/s' in first.stderr
+
+
+def test_one_sample_streams_the_text_that_a_batch_prints(out_dir):
+    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--max_new_tokens=30', '--start=the ']
+    one, two = run_script(*words, '--num_samples=1'), run_script(*words, '--num_samples=2')
+    assert one.stdout.rstrip('\n') == two.stdout.split('\n---------------\n')[0].rstrip('\n')
+
+
+def test_prompts_from_a_file_and_an_empty_one(out_dir, tmp_path):
+    (tmp_path / 'p.txt').write_text('héllo', encoding='utf-8')
+    words = ['sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=3']
+    assert run_script(*words, f'--start=FILE:{tmp_path / "p.txt"}').stdout.startswith('héllo')
+    assert run_script(*words, '--start=').returncode == 0
+    long = tmp_path / 'long.txt'
+    long.write_text('abc ' * 500, encoding='utf-8')  # far past block_size
+    assert run_script(*words, f'--start=FILE:{long}').stdout.startswith('abc abc')
+
+
+def test_generation_stops_at_end_of_text(out_dir):
+    state = checkpoint.load(checkpoint.find(out_dir))
+    model, tokenizer = checkpoint.load_model(state), sample.tokenizer_from_meta(state['tokenizer'])
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[tokenizer.eot] = 100  # the likeliest token, always
+    config = sample.SampleConfig(max_new_tokens=10, top_k=0)
+    assert list(sample.generate(model, tokenizer, [1, 2], 2, config, 0)) == [[None, None]]
+    config.ignore_eot = True
+    assert len(list(sample.generate(model, tokenizer, [1, 2], 2, config, 0))) == 10
+
+
+def test_streaming_never_splits_a_character(capsys):
+    from tokenizer import ByteTokenizer
+    ids = list('né€🙂'.encode())
+    assert sample.stream('', ByteTokenizer(), ([i] for i in ids)) == len(ids)
+    assert capsys.readouterr().out == 'né€🙂\n'
+
+
+@pytest.mark.parametrize('wrong, fix', [
+    (['--out_dir=nowhere'], 'train.py'),
+    (['--ckpt=newest'], 'best, last'),
+    (['--start=FILE:missing.txt'], 'missing.txt'),
+    (['--top_p=0'], 'top_p'),
+    (['--temperature=-1'], 'temperature'),
+    (['--num_sample=2'], 'num_samples'),
+    (['--device=tpu'], 'cuda'),
+    (['--init_from=gpt2'], 'hf:'),
+])
+def test_mistakes_get_one_line_and_exit_code_2(out_dir, wrong, fix):
+    done = run_script('sample.py', f'--out_dir={out_dir}', *wrong, check=False)
+    assert done.returncode == 2 and fix in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_hugging_face_weights_are_sampled_without_training(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(n_positions=32, n_layer=1, n_head=2, n_embd=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    done = run_script('sample.py', f'--init_from=hf:{tmp_path}', '--num_samples=1', '--max_new_tokens=5', '--start=Hello')
+    assert done.stdout.startswith('Hello')
+
+
+def test_output_is_utf8_whatever_the_locale(out_dir, tmp_path):
+    (tmp_path / 'p.txt').write_text('é€🙂', encoding='utf-8')
+    words = [sys.executable, 'sample.py', f'--out_dir={out_dir}', f'--start=FILE:{tmp_path / "p.txt"}', '--num_samples=1',
+             '--max_new_tokens=2']
+    done = subprocess.run(words, capture_output=True, env={'LC_ALL': 'C', 'PYTHONUTF8': '0'}, check=True, cwd=ROOT)
+    assert done.stdout.startswith('é€🙂'.encode())
