@@ -2,7 +2,7 @@
 The machine a script runs on: device, number type, compiler, and the ranks that train together.
 """
 import os
-import warnings
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,9 +76,9 @@ def compiler_works(device):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
         return True
     except Exception as e:
-        reason = str(e).strip().splitlines()
-        warnings.warn(f'torch.compile does not work here, training goes on without it ({reason[0] if reason else e!r})',
-                      stacklevel=2)
+        if os.environ.get('RANK', '0') == '0':
+            reason = str(e).strip().splitlines() or [repr(e)]
+            print(f'warning: torch.compile does not work here, going on without it ({reason[0]})', file=sys.stderr)
         return False
 
 

@@ -93,7 +93,10 @@ class RunLog:
         self.bar.close()
         self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as e:
+                self.trainer.say(f'wandb did not finish: {e}')
 
 
 def start_wandb(trainer):

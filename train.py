@@ -140,7 +140,8 @@ class Trainer:
         self.run_id, self.parents = uuid.uuid4().hex, []
         self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
-        torch.set_float32_matmul_precision('high')  # TF32 on GPUs that have it
+        if ranks.device.type == 'cuda':
+            torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
         self.model = self._build_model(model_config, resumed)
         self.objective = self.model.objective
         self.windows = {split: self._windows(split) for split in ('train', 'val')}
@@ -170,17 +171,12 @@ class Trainer:
         if resumed is not None:
             refuse_changes(resumed, model_config, self.meta)
         weights = None
-        if c.init_from.startswith('hf:'):
-            model_args, weights = checkpoint.load_hf(c.init_from.removeprefix('hf:'))
-            self.parents = [c.init_from]
-        elif c.init_from not in ('scratch', 'resume'):
-            source = checkpoint.load(checkpoint.find(c.init_from))
-            model_args, weights = source['model_args'], source['model']
-            self.parents = [source['run_id'], *source['parents']]
-        if weights is not None:
-            check_tokenizer(c.init_from, model_args['vocab_size'], self.meta)
-            shape = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
-            model_config = type(model_config)(**asdict(model_config) | {k: model_args[k] for k in shape})
+        if c.init_from not in ('scratch', 'resume'):
+            model_args, weights = self._other_weights()
+            shape = {k: model_args[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
+            shape['block_size'] = min(model_config.block_size, model_args['block_size'])  # positions can be cut off
+            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:shape['block_size']]
+            model_config = GPTConfig(**asdict(model_config) | shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
             model = GPT(model_config)
@@ -189,6 +185,27 @@ class Trainer:
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         model.gradient_checkpointing = c.gradient_checkpointing
         return model.to(self.ranks.device)
+
+    def _other_weights(self):
+        """-> model arguments and weights of --init_from=hf:NAME or --init_from=DIR, for the same vocabulary as the data."""
+        c = self.config
+        if c.init_from.startswith('hf:'):
+            model_args, weights = checkpoint.load_hf(c.init_from.removeprefix('hf:'))
+            self.parents = [c.init_from]
+        elif os.path.isdir(c.init_from):
+            source = checkpoint.load(checkpoint.find(c.init_from))
+            if source['tokenizer'] != self.meta['tokenizer']:
+                raise UserError(f"{c.init_from} was trained with tokenizer {source['tokenizer']['name']}, the data set has "
+                                f"{self.meta['tokenizer']['name']} or another vocabulary of that name")
+            model_args, weights = source['model_args'], source['model']
+            self.parents = [source['run_id'], *source['parents']]
+        else:
+            raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
+                            "'hf:NAME_OR_FOLDER' (hf:gpt2, say)")
+        if model_args['vocab_size'] != self.meta['vocab_size']:
+            raise UserError(f"{c.init_from} has a vocabulary of {model_args['vocab_size']}, the data set one of "
+                            f"{self.meta['vocab_size']}: prepare the data with the tokenizer of the weights")
+        return model_args, weights
 
     def _wrap(self, model):
         if self.config.compile and compiler_works(self.ranks.device):
@@ -386,12 +403,6 @@ class Trainer:
     def say(self, line):
         if self.ranks.first:
             tqdm.write(line)
-
-
-def check_tokenizer(where, vocab_size, meta):
-    if vocab_size != meta['vocab_size']:
-        raise UserError(f"{where} has a vocabulary of {vocab_size}, the data set one of {meta['vocab_size']}: prepare the "
-                        'data with the tokenizer of the weights')
 
 
 def refuse_changes(state, model_config, meta):

@@ -1,0 +1,236 @@
+import io
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from conftest import FORKS, resume
+
+import checkpoint
+import train
+from configurator import UserError
+
+KEYS = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'tokenizer', 'iter_num', 'best_val_loss', 'random_states',
+        'run_id', 'parents', 'commit'}
+
+
+def plain(value):
+    """Whether there is nothing but tensors and plain Python values in it."""
+    if isinstance(value, dict):
+        return all(type(k) in (str, int) and plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return value is None or type(value) in (torch.Tensor, str, int, float, bool)
+
+
+def one_line(error):
+    text = str(error.value)
+    assert '\n' not in text and len(text) < 400
+    return text
+
+
+@pytest.fixture
+def trained(tiny):
+    config, model_config = tiny(max_iters=4, eval_interval=2)
+    assert train.train(config, model_config) == 0
+    return config.out_dir
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'ckpt_best.pt'])
+def test_a_checkpoint_is_plain_and_complete(trained, name):
+    state = torch.load(f'{trained}/{name}', weights_only=True)
+    assert KEYS <= set(state) and plain(state)
+    assert state['config']['batch_size'] == 4 and state['config']['n_embd'] == 16
+    assert state['model_args']['vocab_size'] == 257 and state['tokenizer']['name'] == 'byte'
+    assert state['parents'] == [] and len(state['run_id']) == 32
+
+
+def test_a_checkpoint_gives_the_model_back(trained):
+    state = checkpoint.load(checkpoint.find(trained, 'last'))
+    model = checkpoint.load_model(state)
+    assert not model.training
+    assert all(torch.equal(v, state['model'][k]) for k, v in model.state_dict().items())
+
+
+def test_find(trained, tmp_path):
+    assert checkpoint.find(trained) == f'{trained}/ckpt_best.pt' != checkpoint.find(trained, 'last')
+    os.remove(f'{trained}/ckpt_best.pt')
+    assert checkpoint.find(trained) == f'{trained}/ckpt.pt'
+    with pytest.raises(UserError, match='nowhere'):
+        checkpoint.find(str(tmp_path / 'nowhere'))
+    with pytest.raises(UserError, match='best, last'):
+        checkpoint.find(trained, 'first')
+
+
+def test_a_missing_checkpoint(tmp_path):
+    with pytest.raises(UserError, match='no checkpoint') as e:
+        checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    one_line(e)
+
+
+def test_truncated_anywhere(trained):
+    with open(f'{trained}/ckpt.pt', 'rb') as f:
+        whole = f.read()
+    for length in [0, 1, 3, 100, len(whole) // 2, len(whole) - 1000, len(whole) - 20, len(whole) - 1]:
+        with open(f'{trained}/ckpt.pt', 'wb') as f:
+            f.write(whole[:length])
+        with pytest.raises(UserError, match='not a readable checkpoint') as e:
+            resume(trained)
+        one_line(e)
+
+
+def garbage():
+    """File contents that are no checkpoint, some of them nearly."""
+    rng = random.Random(0)
+    yield from (b'hello', b'\n\n', b'PK\x03\x04', b'\x80\x02', b'\x80\x04\x95' + bytes(50), b'\x7fELF' + bytes(100))
+    yield from (rng.randbytes(1000) for _ in range(20))
+    yield from (b'\x80\x02' + rng.randbytes(200) for _ in range(50))
+    for value in (3, [1, 2], {}, {'model': {}}, {'model': {}, 'config': 3}):
+        f = io.BytesIO()
+        torch.save(value, f)
+        yield f.getvalue()
+
+
+def test_garbage(tmp_path):
+    for data in garbage():
+        (tmp_path / 'ckpt.pt').write_bytes(data)
+        with pytest.raises(UserError, match='not a readable checkpoint') as e:
+            checkpoint.load(str(tmp_path / 'ckpt.pt'))
+        one_line(e)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'evil'),)
+    torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='not a readable checkpoint') as e:
+        checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    one_line(e)
+    assert not (tmp_path / 'evil').exists()
+
+
+def test_unknown_model_arguments():
+    with pytest.raises(UserError, match='n_wings'):
+        checkpoint.model_config({'n_layer': 1, 'n_wings': 2})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# saving
+
+def state_number(i):
+    """A state that cannot pass for another one, nor for a mixture; 400 kB."""
+    return dict.fromkeys(KEYS, 0) | {'iter_num': i, 'model': {str(k): torch.full((10000,), float(i)) for k in range(10)}}
+
+
+def number_of(path):
+    state = checkpoint.load(path)
+    assert all((t == state['iter_num']).all() and len(t) == 10000 for t in state['model'].values())
+    return state['iter_num']
+
+
+def save_for_ever(folder, first, ready):
+    i = first
+    while True:
+        checkpoint.save(folder, state_number(i), ['best', 'last'] if i % 2 else ['last'])
+        i += 1
+        ready.send(i)
+
+
+def test_killed_at_any_moment(fork, tmp_path):
+    """Each process goes on in the folder that the one killed before it left behind."""
+    rng = random.Random(time.time())
+    written = 0
+    for kill in range(30):
+        reader, writer = FORKS.Pipe(duplex=False)
+        process = fork(save_for_ever, str(tmp_path), written, writer)
+        writer.close()
+        written = reader.recv()
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        while reader.poll():
+            try:
+                written = reader.recv()
+            except EOFError:
+                break
+        # the one on its way may have arrived or not
+        last, best = number_of(tmp_path / 'ckpt.pt'), number_of(tmp_path / 'ckpt_best.pt')
+        assert last in (written - 1, written), kill
+        assert best % 2 and written - 2 <= best <= written, kill
+        written = last + 1
+
+
+def test_what_a_killed_save_left_behind_cannot_spoil_the_best(tmp_path, monkeypatch):
+    """Killed after the best checkpoint got its name, before the last one did: both names then mean one file."""
+    checkpoint.save(str(tmp_path), state_number(1), ['best', 'last'])
+    os.link(tmp_path / 'ckpt_best.pt', tmp_path / 'ckpt.tmp')
+
+    def killed(state, f):
+        f.write(b'half of a checkp')
+        f.flush()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(str(tmp_path), state_number(2), ['last'])
+    assert number_of(tmp_path / 'ckpt_best.pt') == 1 == number_of(tmp_path / 'ckpt.pt')
+
+
+def test_two_names_are_two_checkpoints(tmp_path):
+    checkpoint.save(str(tmp_path), state_number(1), ['best', 'last'])
+    assert number_of(tmp_path / 'ckpt_best.pt') == 1 == number_of(tmp_path / 'ckpt.pt')
+    checkpoint.save(str(tmp_path), state_number(2), ['last'])
+    assert number_of(tmp_path / 'ckpt_best.pt') == 1 and number_of(tmp_path / 'ckpt.pt') == 2
+    checkpoint.save(str(tmp_path), state_number(3), ['best', 'last'])
+    assert number_of(tmp_path / 'ckpt_best.pt') == 3 == number_of(tmp_path / 'ckpt.pt')
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_best.pt']
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError('no hard links here')
+    monkeypatch.setattr(os, 'link', refuse)
+    test_two_names_are_two_checkpoints(tmp_path)
+
+
+def save_with_a_full_disk(folder):
+    """A limit on the size of files stands in for a full disk: write() fails in the middle of one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        checkpoint.save(folder, state_number(2), ['best', 'last'])
+    except UserError as e:
+        print(e)
+        return 2
+    return 0
+
+
+def test_a_full_disk(fork, tmp_path):
+    (tmp_path / 'run').mkdir()
+    checkpoint.save(str(tmp_path / 'run'), state_number(1), ['best', 'last'])
+    process = fork(save_with_a_full_disk, str(tmp_path / 'run'))
+    process.join()
+    said = (tmp_path / 'fork.out').read_text()
+    assert process.exitcode == 2 and said.count('\n') == 1 and 'untouched' in said, said
+    assert number_of(tmp_path / 'run' / 'ckpt.pt') == 1 == number_of(tmp_path / 'run' / 'ckpt_best.pt')
+    assert sorted(os.listdir(tmp_path / 'run')) == ['ckpt.pt', 'ckpt_best.pt']
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(UserError, match='nowhere') as e:
+        checkpoint.save(str(tmp_path / 'nowhere'), state_number(1), ['last'])
+    one_line(e)
+
+
+def test_the_commit_is_the_code_that_runs(trained, tiny, monkeypatch):
+    """Whatever the files have become when the run saves."""
+    config, model_config = tiny(out_dir='other')
+    monkeypatch.setattr(checkpoint, 'commit', lambda: 'at start')
+    trainer = train.Trainer(config, model_config, train.setup_ranks('cpu', 'auto', 10))
+    monkeypatch.setattr(checkpoint, 'commit', lambda: 'later')
+    trainer.train()
+    assert torch.load(f'{config.out_dir}/ckpt.pt', weights_only=True)['commit'] == 'at start'

@@ -1,0 +1,136 @@
+"""
+Several ranks, here two processes and gloo on a CPU, must compute what one does.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, resume
+from test_train import HARD, assert_same_run, every_type, lines, load, metrics
+
+import train
+from machine import Ranks, setup_ranks
+
+TWO = dict(gradient_accumulation_steps=2)
+
+
+def train_rank(argv):
+    return train.main(argv)
+
+
+def finish(processes, tmp_path, code=0):
+    for process in processes:
+        process.join(120)
+    said = (tmp_path / 'fork.out').read_text()
+    assert [process.exitcode for process in processes] == [code] * len(processes), said
+    return said
+
+
+@every_type
+@pytest.mark.parametrize('order, grad_clip', [('epoch', 0.0), ('random', 0.1)])
+def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, order, grad_clip):
+    """The same global batch, 2 micro-batches on one rank or 1 on each of two. The log holds global loss and norm."""
+    overrides = TWO | dict(model_type=model_type, data_order=order, grad_clip=grad_clip, max_iters=5)
+    one, model_config = tiny(out_dir='one', **overrides)
+    train.train(one, model_config)
+    finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
+    a, b = load(one.out_dir), load(str(tmp_path / 'two'))
+    assert list(a['model']) == list(b['model'])  # no prefixes
+    for name, weight in a['model'].items():
+        assert (weight - b['model'][name]).abs().max() < 1e-6, name
+    for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def save_gradients(argv, path):
+    """Gradients of one step at the learning rate 0, from rank 0."""
+    config, model_config, _ = train.read_settings(argv)
+    ranks = setup_ranks('cpu', 'gloo', 60)
+    trainer = train.Trainer(config, model_config, ranks)
+    trainer.optimizer.zero_grad = lambda set_to_none: None
+    trainer._step()
+    if ranks.first:
+        torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, path)
+    torch.distributed.barrier()
+    return 0
+
+
+@every_type
+def test_gradients_of_two_ranks_are_those_of_one(tiny, command_line, fork_ranks, tmp_path, model_type):
+    """Two micro-batches on each of two ranks: the first is accumulated without an exchange."""
+    overrides = dict(gradient_accumulation_steps=4, grad_clip=0, model_type=model_type)
+    finish(fork_ranks(save_gradients, command_line(out_dir='two', **overrides), str(tmp_path / 'two.pt')), tmp_path)
+    two = torch.load(tmp_path / 'two.pt', weights_only=True)
+    trainer = train.Trainer(*tiny(out_dir='one', **overrides), Ranks())
+    trainer.optimizer.zero_grad = lambda set_to_none: None
+    trainer._step()
+    for name, p in trainer.model.named_parameters():
+        assert p.grad.abs().max() > 1e-4 and (p.grad - two[name]).abs().max() < 1e-6, name
+
+
+@every_type
+def test_two_ranks_evaluate_exactly_as_one(tiny, command_line, fork_ranks, tmp_path, model_type):
+    """An odd number of batches, the last of them not full, and fewer batches than ranks."""
+    for name, overrides in (('whole', dict(eval_iters=0, batch_size=2)), ('single', dict(eval_iters=1))):
+        overrides = TWO | overrides | dict(eval_only=True, model_type=model_type)
+        one, model_config = tiny(out_dir=f'{name}1', **overrides)
+        train.train(one, model_config)
+        finish(fork_ranks(train_rank, command_line(out_dir=f'{name}2', **overrides)), tmp_path)
+        assert metrics(one.out_dir) == metrics(tmp_path / f'{name}2')
+
+
+@every_type
+def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type):
+    """With dropout, that is with a random state for each rank; a signal to one rank alone stops both, the same one
+    twice does no harm."""
+    overrides = HARD | dict(model_type=model_type, max_iters=300, eval_interval=100, eval_iters=1, n_layer=1)
+    finish(fork_ranks(train_rank, command_line(out_dir='straight', **overrides)), tmp_path)
+    processes = fork_ranks(train_rank, command_line(out_dir='cut', **overrides))
+    while lines(tmp_path / 'cut' / 'metrics.jsonl') < 30:
+        assert processes[0].is_alive(), (tmp_path / 'fork.out').read_text()
+    for _ in range(2):
+        os.kill(processes[1].pid, signal.SIGTERM)
+    said = finish(processes, tmp_path, code=143)
+    cut = str(tmp_path / 'cut')
+    assert said.count('stopped by SIGTERM') == 1 and 20 < load(cut)['iter_num'] < 300
+    states = load(cut)['random_states']
+    assert len(states) == 2 and not torch.equal(states[0]['cpu'], states[1]['cpu'])
+    finish(fork_ranks(train_rank, ['--init_from=resume', f'--out_dir={cut}']), tmp_path)
+    assert_same_run(str(tmp_path / 'straight'), cut)
+
+
+def test_another_number_of_ranks_can_go_on(command_line, fork_ranks, tmp_path, capsys):
+    finish(fork_ranks(train_rank, command_line(max_iters=4, dropout=0.1, **TWO)), tmp_path)
+    assert resume(str(tmp_path / 'run'), '--max_iters=6') == 0
+    assert load(str(tmp_path / 'run'))['iter_num'] == 6 and 'number of ranks' in capsys.readouterr().out
+
+
+def torchrun(*args):
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                             'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            encoding='utf-8')
+
+
+def test_torchrun_saves_when_it_is_told_to_stop(command_line, tmp_path):
+    process = torchrun(*command_line(max_iters=100000, eval_interval=100000, compile=False, ddp_timeout=60, **TWO))
+    while lines(tmp_path / 'run' / 'metrics.jsonl') < 20:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and 'stopped by SIGTERM' in out, out + err
+    state = load(str(tmp_path / 'run'))
+    assert state['iter_num'] == metrics(tmp_path / 'run')[-1]['iter'] and state['config']['ddp_timeout'] == 60
+    assert not any(part in name for name in state['model'] for part in ('_orig_mod', 'module.'))
+
+
+def test_accumulation_that_ranks_cannot_share(command_line, tmp_path):
+    process = torchrun(*command_line(gradient_accumulation_steps=3))
+    _, err = process.communicate(timeout=60)
+    ours = [line for line in err.splitlines() if line.startswith('train.py: ')]
+    assert process.returncode != 0 and len(ours) == 1 and 'gradient_accumulation_steps=3' in ours[0], err
+    assert not (tmp_path / 'run').exists()

@@ -1,0 +1,525 @@
+import glob
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import prepare
+from configurator import UserError
+from tokenizer import EOT_TEXT, tokenizer_from_meta, train_bpe
+
+# Run by every Python that finds it first: the network is gone, and whoever asks for it leaves a trace.
+NO_NETWORK = '''
+import os, socket
+def refuse(*args, **kwargs):
+    open(os.environ['NETWORK_TRACE'], 'a').close()
+    raise OSError('the network is blocked')
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+'''
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Runs the real command in an empty folder, with the network blocked."""
+    (tmp_path / 'block').mkdir()
+    (tmp_path / 'block' / 'sitecustomize.py').write_text(NO_NETWORK, encoding='utf-8')
+    work = tmp_path / 'work'
+    work.mkdir()
+    trace = tmp_path / 'network'
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK')}
+    env |= {'PYTHONPATH': str(tmp_path / 'block'), 'NETWORK_TRACE': str(trace), 'LC_ALL': 'C',
+            'HF_HOME': str(tmp_path / 'hf')}
+
+    def start(*args, **extra):
+        return subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare.py'), *args], cwd=work, env=env | extra,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+
+    def run(*args, **extra):
+        process = start(*args, **extra)
+        out, err = process.communicate(timeout=60)
+        return types.SimpleNamespace(code=process.returncode, out=out, err=err, network=trace.exists())
+    return types.SimpleNamespace(run=run, start=start, work=work)
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode('utf-8'))
+    return str(path)
+
+
+def read_back(folder):
+    """{split: the text that its ids stand for}, having checked that meta.json tells the truth."""
+    meta = prepare.load_meta(str(folder))
+    tokenizer = tokenizer_from_meta(meta['tokenizer'])
+    texts = {}
+    for split, counts in meta['splits'].items():
+        ids = np.fromfile(folder / f'{split}.bin', dtype=np.dtype(meta['dtype']).newbyteorder('<'))
+        data = tokenizer.decode_bytes(ids.tolist())
+        texts[split] = data.decode('utf-8')
+        assert counts['tokens'] == len(ids) and ids[-1] == meta['eot'] == tokenizer.eot
+        assert counts['documents'] == np.count_nonzero(ids == meta['eot'])
+        assert counts['bytes'] == len(data) - counts['documents'] * len(EOT_TEXT)
+        assert counts['sha256'] == hashlib.sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
+        assert counts['text_sha256'] == hashlib.sha256(data).hexdigest()
+    assert meta['vocab_size'] == tokenizer.vocab_size
+    return texts
+
+
+def documents(text):
+    return text.split(EOT_TEXT)[:-1]
+
+
+def snapshot(folder):
+    return {path: open(path, 'rb').read() for path in glob.glob(f'{folder}/**', recursive=True, include_hidden=True)
+            if os.path.isfile(path)}
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """Runs the same inside this process, so that the sizes of pieces can be set."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(**settings):
+        cfg = prepare.PrepareConfig(name='x', num_proc=2, **settings)
+        name = prepare.check_arguments(cfg, [])
+        prepare.prepare(cfg, '', name)
+        return tmp_path / 'data' / name
+    return run
+
+
+# -----------------------------------------------------------------------------
+# text in, the same text out
+
+TEXTS = ['plain text', 'ends in a newline\n', '\n\nbegins with newlines', 'a\r\nb\rc\n', 'nul \0 and \x1c', '🙂 中文 é',
+         '<|endof', '<|endoftext', '<', 'x' * 5000, ' \n ' * 2000, "it's a 'test'  of\t\tspaces\u00a0\u2003 " * 20]
+
+
+@pytest.mark.parametrize('piece', [1, 2, 7, 64, 1 << 18])
+def test_a_single_document_keeps_every_character(inside, monkeypatch, tmp_path, piece):
+    monkeypatch.setattr(prepare, 'PIECE', piece)
+    monkeypatch.setattr(prepare, 'KEY', 1)
+    text = '\n'.join(TEXTS)
+    texts = read_back(inside(input=write(tmp_path / 'in.txt', text), tokenizer='char'))
+    cut = int(len(text) * 0.9)      # nanoGPT's split
+    assert texts == {'train': text[:cut] + EOT_TEXT, 'val': text[cut:] + EOT_TEXT}
+
+
+@pytest.mark.parametrize('piece', [1, 3, 16, 1 << 18])
+def test_documents_are_what_lies_between_separators(inside, monkeypatch, tmp_path, piece):
+    monkeypatch.setattr(prepare, 'PIECE', piece)
+    monkeypatch.setattr(prepare, 'KEY', 1)
+    rng = random.Random(piece)
+    text = ''.join(rng.choice([*'ab <\n', '\r\n', '<|endoftext|', EOT_TEXT]) for _ in range(3000))
+    expected = re.split(r'[\r\n]*<\|endoftext\|>[\r\n]*', text)
+    expected[-1] = expected[-1].rstrip('\r\n')
+    texts = read_back(inside(input=write(tmp_path / 'in.txt', text), val_input=write(tmp_path / 'val.txt', 'v'),
+                             tokenizer='byte'))
+    assert documents(texts['train']) == [document for document in expected if document]
+
+
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'bpe:320'])
+@pytest.mark.parametrize('piece', [1, 5, 40])
+def test_ids_are_those_of_whole_documents(inside, monkeypatch, tmp_path, tokenizer, piece):
+    """The smaller the pieces, the more cuts: with 1, documents are cut wherever a cut is allowed."""
+    monkeypatch.setattr(prepare, 'PIECE', piece)
+    monkeypatch.setattr(prepare, 'KEY', 1)
+    rng = random.Random(piece)
+    atoms = [*"abZ09\n\t'._! é中🙂\u00a0\u2003\x1c\x85", '\r\n', '\n\n', ' ', '  ', "'s", "n't", '<|']
+    texts = ['x' + ''.join(rng.choice(atoms) for _ in range(rng.randrange(300))) + 'x' for _ in range(100)]
+    folder = inside(input=write(tmp_path / 'in.txt', EOT_TEXT.join(texts)), tokenizer=tokenizer,
+                    val_input=write(tmp_path / 'val.txt', 'validation'))
+    encoder = tokenizer_from_meta(prepare.load_meta(folder)['tokenizer'])
+    expected = [i for text in texts for i in [*encoder.encoding.encode_ordinary(text), encoder.eot]]
+    assert np.fromfile(folder / 'train.bin', '<u2').tolist() == expected
+
+
+def test_one_line_of_megabytes(inside, tmp_path):
+    rng = random.Random(0)
+    text = ' '.join(rng.choice(['alpha', "it's", '42', '  ', 'naïve', '中文字', '🙂']) for _ in range(800_000))
+    folder = inside(input=write(tmp_path / 'in.txt', text), val_input=write(tmp_path / 'val.txt', 'v'),
+                    tokenizer='bpe:280')
+    encoder = tokenizer_from_meta(prepare.load_meta(folder)['tokenizer'])
+    expected = encoder.encoding.encode_ordinary(text) + [encoder.eot]
+    assert len(text) > 4 * prepare.PIECE
+    assert np.array_equal(np.fromfile(folder / 'train.bin', '<u2'), expected)
+
+
+def test_a_byte_order_mark_is_dropped(inside, tmp_path):
+    texts = read_back(inside(input=write(tmp_path / 'in.txt', b'\xef\xbb\xbf0123456789'), tokenizer='byte'))
+    assert texts == {'train': f'012345678{EOT_TEXT}', 'val': f'9{EOT_TEXT}'}
+
+
+def test_large_vocabularies_take_uint32(inside, tmp_path):
+    text = ''.join(chr(i) for i in range(1, 70_000) if not 0xD800 <= i < 0xE000)
+    folder = inside(input=write(tmp_path / 'in.txt', text), tokenizer='char')
+    assert prepare.load_meta(folder)['dtype'] == 'uint32'
+    assert ''.join(documents(t)[0] for t in read_back(folder).values()) == text
+
+
+def test_the_same_input_gives_the_same_bytes(inside, tmp_path):
+    text = EOT_TEXT.join(f'story {i}: the cat and the dog number {i * i}' for i in range(500))
+    path = write(tmp_path / 'in.txt', text)
+    first = snapshot(inside(input=path, tokenizer='bpe:300'))
+    assert snapshot(inside(input=path, tokenizer='bpe:300')) == first
+
+
+# -----------------------------------------------------------------------------
+# splits
+
+def test_split_by_document_is_disjoint_and_stable(inside, tmp_path):
+    texts = [f'document {i % 400}' for i in range(500)]     # a hundred come twice
+    split = {name: set(documents(text)) for name, text in read_back(
+        inside(input=write(tmp_path / 'in.txt', EOT_TEXT.join(texts)), tokenizer='byte')).items()}
+    assert split['train'] | split['val'] == set(texts) and not split['train'] & split['val']
+    assert 20 <= len(split['val']) <= 60
+    shuffled = random.Random(0).sample(texts + ['one more'], 501)
+    again = read_back(inside(input=write(tmp_path / 'in.txt', EOT_TEXT.join(shuffled)), tokenizer='byte'))
+    assert set(documents(again['val'])) - {'one more'} == split['val']
+
+
+@pytest.mark.parametrize('start', range(20))
+def test_two_documents_give_one_each(inside, tmp_path, start):
+    path = write(tmp_path / 'in.txt', f'{start}{EOT_TEXT}{start}b')
+    texts = read_back(inside(input=path, tokenizer='byte', val_fraction=0.5))
+    assert sorted(documents(texts['train']) + documents(texts['val'])) == [f'{start}', f'{start}b']
+    assert len(documents(texts['val'])) == 1
+
+
+def test_bpe_learns_from_training_text_alone(inside, tmp_path):
+    train = 'the cat sat on the mat and looked about. ' * 40
+    folder = inside(input=write(tmp_path / 'in.txt', train), val_input=write(tmp_path / 'val.txt', 'xyzzy ' * 1000),
+                    tokenizer='bpe:270')
+    assert tokenizer_from_meta(prepare.load_meta(folder)['tokenizer']).identity == train_bpe(270, [train]).identity
+
+
+# -----------------------------------------------------------------------------
+# kinds of input
+
+def test_folder(inside, tmp_path):
+    folder = tmp_path / 'in'
+    files = {'b.py': 'print(1)\n', 'a/z.md': f'# z {EOT_TEXT}\n', 'a/two.txt': f'one\n{EOT_TEXT}\ntwo', 'empty.txt': ''}
+    for name, text in files.items():
+        write(folder / name, text)
+    write(folder / '.hidden', 'hidden')
+    write(folder / '.git' / 'config', 'hidden')
+    write(folder / 'latin.txt', b'caf\xe9')
+    write(folder / 'binary.dat', b'\0\1\2')
+    made = inside(input=str(folder), val_input=write(tmp_path / 'val.txt', 'v'), tokenizer='byte')
+    meta = prepare.load_meta(made)
+    assert read_back(made)['train'] == EOT_TEXT.join(['one', 'two', files['a/z.md'], files['b.py'], ''])
+    assert meta['splits']['train']['documents'] == 4
+    assert meta['source']['files'] == 4 and meta['source']['skipped_files'] == 2
+
+
+def test_jsonl_and_parquet(inside, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    monkeypatch.setattr(prepare, 'PIECE', 8)
+    texts = [f'row {i}\nwith "quotes" {EOT_TEXT} 🙂 \\ \u2028' for i in range(1000)]
+    rows = [json.dumps({'n': i, 'story': text}) for i, text in enumerate(texts)]
+    jsonl = inside(input=write(tmp_path / 'a.jsonl', '\n\n'.join(rows) + '\n'), text_key='story', tokenizer='byte',
+                   val_input=write(tmp_path / 'v.txt', 'v'))
+    expected = ''.join(text + EOT_TEXT for text in texts)
+    got = np.fromfile(jsonl / 'train.bin', '<u2')
+    assert bytes(got[got < 256].astype(np.uint8)).decode('utf-8') == ''.join(texts)
+    pq.write_table(pa.table({'n': range(1001), 'story': texts + [None]}), tmp_path / 'a.parquet', row_group_size=100)
+    parquet = inside(input=str(tmp_path / 'a.parquet'), text_key='story', tokenizer='byte',
+                     val_input=str(tmp_path / 'v.txt'))
+    assert np.array_equal(np.fromfile(parquet / 'train.bin', '<u2'), got)
+    assert np.count_nonzero(got == 256) == 1000 and len(expected.encode()) == len(got) + 1000 * (len(EOT_TEXT) - 1)
+
+
+WIKITEXT = ['', ' = First = \n', '', ' Text . \n', ' = not a title , no blank line = \n', '', ' = = Section = = \n', '',
+            ' More text . \n', '', ' = Second = \n', '', ' Text . \n']
+
+
+@pytest.mark.parametrize('dataset', ['tinystories', 'wikitext-2', 'wikitext-103'])
+def test_hub_data_sets(cli, dataset):
+    """From parquet files in data/raw, as they lie on the hub."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    folder = cli.work / 'data' / 'raw' / dataset
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({'text': WIKITEXT[:5]}), folder / 'train-00000-of-00002.parquet')
+    pq.write_table(pa.table({'text': WIKITEXT[5:]}), folder / 'train-00001-of-00002.parquet')
+    pq.write_table(pa.table({'text': WIKITEXT}), folder / 'validation-00000-of-00001.parquet')
+    result = cli.run(dataset, '--tokenizer=char')
+    assert result.code == 0 and not result.network, result.err
+    texts = read_back(cli.work / 'data' / f'{dataset}_char')
+    rows = [row for row in WIKITEXT if row]
+    articles = [''.join(WIKITEXT[:10]), ''.join(WIKITEXT[10:])]
+    expected = rows if dataset == 'tinystories' else articles
+    assert documents(texts['train']) == documents(texts['val']) == expected
+    assert f'train.py --dataset={dataset}_char' in result.out.splitlines()[-1]
+
+
+def test_hub_data_sets_are_named_as_datasets_wants(monkeypatch, tmp_path):
+    """What datasets>=4 takes: repositories with a namespace, their official splits, nothing else."""
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return types.SimpleNamespace(iter=lambda batch_size: [{'text': ['a', 'b']}, {'text': ['c']}])
+    monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(prepare, 'hub_is_reachable', lambda: True)
+    source = prepare.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'tinystories')
+    assert [text for text, _ in source.train() if text] == ['a', 'b', 'c']
+    prepare.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'wikitext-103')
+    assert calls == [((repository, configuration), {'split': split})
+                     for repository, configuration in (('roneneldan/TinyStories', 'default'),
+                                                       ('Salesforce/wikitext', 'wikitext-103-raw-v1'))
+                     for split in ('train', 'validation')]
+
+
+def test_shakespeare_from_its_file(cli):
+    text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n' * 50
+    write(cli.work / 'data' / 'raw' / 'shakespeare' / 'input.txt', text)
+    assert cli.run('shakespeare', '--tokenizer=char').code == 0
+    cut = int(len(text) * 0.9)
+    texts = read_back(cli.work / 'data' / 'shakespeare_char')
+    assert texts == {'train': text[:cut] + EOT_TEXT, 'val': text[cut:] + EOT_TEXT}
+
+
+def test_python_needs_no_network(cli):
+    result = cli.run('python', '--tokenizer=byte')
+    assert result.code == 0 and not result.network and result.err == '', result.err
+    texts = read_back(cli.work / 'data' / 'python_byte')
+    assert 5_000_000 < sum(map(len, texts.values())) < 30_000_000
+    with open(os.path.join(os.path.dirname(os.__file__), 'heapq.py'), encoding='utf-8', newline='') as f:
+        assert f.read() in texts['train'] + texts['val']
+
+
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'byte', 'char', 'bpe:260'])
+def test_input_needs_no_network(cli, tmp_path, tokenizer):
+    try:
+        prepare.tokenizer_from_spec('gpt2')
+    except UserError:
+        pytest.skip('the GPT-2 files are not on this machine')
+    path = write(tmp_path / 'in.txt', 'naïve text \r\n' * 100)
+    result = cli.run(f'--input={path}', '--name=mine', f'--tokenizer={tokenizer}')
+    assert result.code == 0 and not result.network and result.err == '', result.err
+    name = 'mine' if tokenizer == 'gpt2' else f'mine_{tokenizer.replace(":", "")}'
+    assert os.listdir(cli.work / 'data') == [name]
+    assert sorted(os.listdir(cli.work / 'data' / name)) == ['meta.json', 'train.bin', 'val.bin']
+    assert ''.join(documents(t)[0] for t in read_back(cli.work / 'data' / name).values()) == 'naïve text \r\n' * 100
+
+
+# -----------------------------------------------------------------------------
+# the user's mistakes: one line, exit code 2, nothing written
+
+def bad_input(tmp_path, name):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    files = {'missing.txt': None, 'empty.txt': '', 'blank.txt': f'\n{EOT_TEXT}\n\n{EOT_TEXT}\n', 'short.txt': 'x',
+             'same.txt': EOT_TEXT.join(['same'] * 9), 'latin.txt': b'x' * 300_000 + b'caf\xe9 au lait',
+             'cut.txt': 'é'.encode()[:1], 'bad.jsonl': '{"text": "a"}\n{"text": ',
+             'key.jsonl': '{"text": "a"}\n{"body": "b"}',
+             'list.jsonl': '["text"]', 'number.jsonl': '{"text": 1}', 'latin.jsonl': b'{"text": "a"}\n{"text": "\xe9"}',
+             'surrogate.jsonl': '{"text": "\\ud800"}', 'empty.jsonl': '', 'text.parquet': 'not a parquet file',
+             'good.txt': 'some text\n' * 100}
+    path = tmp_path / name
+    if name == 'column.parquet':
+        pq.write_table(pa.table({'story': ['a', 'b']}), path)
+    elif name == 'number.parquet':
+        pq.write_table(pa.table({'text': [1, 2]}), path)
+    elif name == 'folder':
+        write(path / 'binary.dat', b'\0\xff')
+    elif files[name] is not None:
+        write(path, files[name])
+    return path
+
+
+BAD_INPUTS = {
+    'missing.txt': 'no such file', 'empty.txt': 'empty', 'blank.txt': 'empty', 'short.txt': 'too short',
+    'same.txt': 'too uniform', 'latin.txt': 'latin.txt is not UTF-8: byte 0xe9 at offset 300003',
+    'cut.txt': 'not UTF-8: byte 0xc3 at offset 0', 'bad.jsonl': 'bad.jsonl, line 2: not JSON',
+    'key.jsonl': "line 2: no text under 'text'", 'list.jsonl': "line 1: no text under 'text'",
+    'number.jsonl': "line 1: no text under 'text'", 'latin.jsonl': 'line 2: not UTF-8',
+    'surrogate.jsonl': 'line 1: not UTF-8',
+    'empty.jsonl': 'empty', 'text.parquet': 'not a readable parquet', 'column.parquet': 'one of: story',
+    'number.parquet': "no text column 'text'", 'folder': 'no UTF-8 text file'}
+
+
+def check_refused(result, work, message):
+    assert result.code == 2, result
+    assert message in result.err and result.err.startswith('prepare.py: '), result.err
+    assert result.err.count('\n') == 1 and 'Traceback' not in result.err + result.out
+    assert not glob.glob(f'{work}/data/**/*.bin', recursive=True, include_hidden=True)
+    assert not glob.glob(f'{work}/data/.*'), 'temporary files are left'
+
+
+@pytest.mark.parametrize('name', BAD_INPUTS)
+def test_bad_input(cli, tmp_path, name):
+    result = cli.run(f'--input={bad_input(tmp_path, name)}', '--name=x', '--tokenizer=byte')
+    check_refused(result, cli.work, BAD_INPUTS[name])
+
+
+def test_bad_validation_input(cli, tmp_path):
+    """Found out while writing, not before."""
+    good = bad_input(tmp_path, 'good.txt')
+    messages = {'latin.txt': 'offset 300003', 'empty.txt': 'val split is empty', 'missing.txt': 'no such'}
+    for name, message in messages.items():
+        result = cli.run(f'--input={good}', f'--val_input={bad_input(tmp_path, name)}', '--name=x', '--tokenizer=byte')
+        check_refused(result, cli.work, message)
+
+
+@pytest.mark.parametrize('args, message', [
+    ([], 'python, tinystories, wikitext-2, wikitext-103, shakespeare'),
+    (['wikitext'], 'python, tinystories, wikitext-2, wikitext-103, shakespeare'),
+    (['python', 'shakespeare'], 'give either one data set'),
+    (['python', '--input=GOOD', '--name=x'], 'give either one data set'),
+    (['python', '--name=x'], 'go with --input'),
+    (['--val_input=GOOD'], 'give either one data set'),
+    (['python', '--tokenizer=word'], 'gpt2, byte, char, bpe:N'),
+    (['python', '--tokenizer=bpe:256'], '257 or more'),
+    (['--input=GOOD', '--name=x', '--tokenizer=bpe:5000'], 'gives only'),
+    (['python', '--val_fraction=0'], 'between 0 and 1'),
+    (['python', '--val_fraction=x'], 'expected a number'),
+    (['python', '--num_proc=-1'], 'negative'),
+    (['python', '--tokeniser=byte'], "'tokenizer'"),
+    (['--input=GOOD'], 'needs --name'),
+    (['--input=GOOD', '--name=a/b'], 'needs --name'),
+    (['--input=GOOD', '--name=..'], 'needs --name'),
+    (['--input=GOOD', '--name=x', '--tokenizer=byte', '--data_dir=GOOD'], 'good.txt: '),
+    (['--input=GOOD', '--name=x', '--tokenizer=byte', '--data_dir=GOOD/data'], 'Not a directory'),
+])
+def test_bad_arguments(cli, tmp_path, args, message):
+    good = str(bad_input(tmp_path, 'good.txt'))
+    result = cli.run(*[arg.replace('GOOD', good) for arg in args])
+    check_refused(result, cli.work, message)
+    assert not result.network
+
+
+def test_torchrun_is_refused(cli):
+    check_refused(cli.run('python', '--tokenizer=byte', RANK='0', LOCAL_RANK='0'), cli.work, 'once beforehand')
+
+
+@pytest.mark.parametrize('dataset', ['shakespeare', 'tinystories', 'wikitext-2'])
+def test_download_without_a_network(cli, dataset):
+    started = time.monotonic()
+    result = cli.run(dataset, '--tokenizer=byte')
+    check_refused(result, cli.work, os.path.join('data', 'raw', dataset))
+    assert '`python prepare.py python` and --input=PATH work offline' in result.err and result.network
+    assert time.monotonic() - started < 15
+
+
+# -----------------------------------------------------------------------------
+# interruptions
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
+@pytest.mark.parametrize('name, code', [('SIGINT', 130), ('SIGTERM', 143), ('SIGKILL', -9)])
+def test_interrupted(cli, tmp_path, name, code):
+    small, large = write(tmp_path / 'small.txt', 'old text\n' * 100), tmp_path / 'large.txt'
+    large.write_text('new text of many lines\n' * 4_000_000, encoding='utf-8')
+    write(cli.work / 'data' / 'x_byte' / 'notes.txt', "the user's own")
+    assert cli.run(f'--input={small}', '--name=x', '--tokenizer=byte').code == 0
+    before = snapshot(cli.work)
+    process = cli.start(f'--input={large}', '--name=x', '--tokenizer=byte', f'--val_input={small}')
+    while not any(map(os.path.getsize, glob.glob(f'{cli.work}/data/.*/train.bin'))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and 'Traceback' not in err
+    after = snapshot(cli.work)
+    assert {path: after.get(path) for path in before} == before     # the old data set is there, whole
+    left = glob.glob(f'{cli.work}/data/.*')
+    assert bool(left) == (name == 'SIGKILL')
+    for folder in left:     # an hour later
+        for path in (*glob.glob(f'{folder}/*'), folder):
+            os.utime(path, (0, 0))
+    assert cli.run(f'--input={small}', '--name=x', '--tokenizer=byte').code == 0
+    assert snapshot(cli.work) == before
+
+
+def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
+    """Killed between any two steps, the folder counts as whole only where all of its files belong together."""
+    def build(folder, ids):
+        for split in ('train', 'val'):
+            write(folder / f'{split}.bin', bytes(ids))
+        write(folder / 'meta.json', json.dumps({'dtype': 'uint16', 'splits': {
+            split: {'tokens': len(ids) // 2} for split in ('train', 'val')}}))
+    for steps in range(4):
+        old, new = tmp_path / f'old{steps}', tmp_path / f'new{steps}'
+        build(old, [0, 0]), build(new, [1, 1])
+        done = []
+
+        def killed(*args, done=done, steps=steps, replace=os.replace):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(replace(*args))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', killed)
+            if steps < 3:
+                with pytest.raises(KeyboardInterrupt):
+                    prepare.publish(new, old)
+            else:
+                prepare.publish(new, old)
+        if steps < 3:
+            with pytest.raises(UserError, match='incomplete'):
+                prepare.load_meta(old)
+        else:
+            prepare.load_meta(old)
+            assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([1, 1])
+
+
+# -----------------------------------------------------------------------------
+# load_meta, memory
+
+def test_load_meta_names_the_command_and_what_exists(inside, tmp_path):
+    folder = inside(input=write(tmp_path / 'in.txt', 'text ' * 100), tokenizer='byte')
+    for name, command in {'tinystories': 'prepare.py tinystories`',
+                          'shakespeare_char': 'prepare.py shakespeare --tokenizer=char`',
+                          'wikitext-2_bpe512': 'prepare.py wikitext-2 --tokenizer=bpe:512`',
+                          'mine': 'prepare.py --input=PATH --name=mine`'}.items():
+        with pytest.raises(UserError) as e:
+            prepare.load_meta(tmp_path / 'data' / name)
+        assert command in str(e.value) and 'does not exist' in str(e.value)
+        assert str(e.value).endswith('prepared so far: x_byte')
+    for damage in (lambda: os.truncate(folder / 'val.bin', 8), lambda: os.remove(folder / 'train.bin'),
+                   lambda: write(folder / 'meta.json', '{'), lambda: os.remove(folder / 'meta.json')):
+        prepare.load_meta(folder)
+        before = snapshot(folder)
+        damage()
+        with pytest.raises(UserError, match='incomplete'):
+            prepare.load_meta(folder)
+        for path, data in before.items():
+            with open(path, 'wb') as f:
+                f.write(data)
+
+
+PEAK = '''
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+except SystemExit as e:
+    assert not e.code, e.code
+print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the peak from /proc')
+@pytest.mark.parametrize('separator, tokenizer', [('', 'byte'), (EOT_TEXT, 'char')])
+def test_memory_is_bounded(tmp_path, separator, tokenizer):
+    """150 MB, as one document or as many, in less memory than the text alone takes."""
+    path = tmp_path / 'in.txt'
+    with open(path, 'w', encoding='utf-8') as f:
+        for i in range(150):
+            f.write(('some words ' * 200 + separator) * (1_000_000 // (2200 + len(separator))) + str(i))
+    command = [sys.executable, '-c', PEAK, os.path.join(ROOT, 'prepare.py'), f'--input={path}', '--name=x',
+               f'--tokenizer={tokenizer}', f'--data_dir={tmp_path}']
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding='utf-8',
+                         env=os.environ | {'PYTHONPATH': ROOT}).stdout
+    assert int(out.splitlines()[-1]) < 120_000      # KiB, of which Python with numpy is about 40,000
