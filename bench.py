@@ -3,6 +3,7 @@ Speed and memory of training and of generation, alone or side by side with a nan
 
     python bench.py
     python bench.py --against=../nanoGPT --n_layer=12 --n_head=12 --n_embd=768 --batch_size=4
+    python bench.py --against=../nanoGPT --part=loss --steps=300 --data=data/tinystories     do both learn the same?
 
 Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
 machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
@@ -27,18 +28,18 @@ from model import GPT, GPTConfig
 from prepare import load_meta
 
 SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': False}  # where the command line is silent
-PARTS = ('train', 'generate')
 
 
 @dataclass
 class BenchConfig:
     """What to measure, and how often."""
     against: str = option('', 'path of a nanoGPT checkout to measure side by side')
-    part: str = option('all', 'which part', ('all', *PARTS))
+    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'", ('speed', 'train', 'generate', 'loss'))
     batch_size: int = option(16, 'examples per training step')
     streams: str = option('1,8', 'how many samples are generated together, one measurement for each')
     new_tokens: int = option(256, 'tokens generated per stream')
     rounds: int = option(5, 'times that the sides take turns; medians are reported')
+    steps: int = option(300, 'training steps of --part=loss')
     data: str = option('', 'folder of a prepared data set for real batches; empty takes random ids')
     seed: int = option(1337, 'of weights and batches')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -116,12 +117,12 @@ def nanogpt_side(config, model_config, device, dtype):
     return Side('nanoGPT', model, optimizer, step, lambda prompt, count: model.generate(prompt, count, 0.8, 200))
 
 
-def batches(config, model_config, device):
-    """An endless iterator of the X, Y that both sides are trained on."""
+def batches(config, model_config, device, split='train'):
+    """An endless iterator of the X, Y that both sides get."""
     B, T = config.batch_size, model_config.block_size
     windows = None
     if config.data:
-        windows = Windows(os.path.join(config.data, 'train.bin'), load_meta(config.data)['dtype'], T + 1, T, 'random',
+        windows = Windows(os.path.join(config.data, f'{split}.bin'), load_meta(config.data)['dtype'], T + 1, T, 'random',
                           config.seed)
     number = 0
     while True:
@@ -177,6 +178,27 @@ def bench_generate(config, sides, device, streams):
         side.model.eval()
         side.generate(prompt, 4)
     return take_turns(sides, config.rounds, lambda side: clock(device, side.generate, prompt, config.new_tokens))
+
+
+def bench_loss(config, model_config, sides, device, held_out=20):
+    """{side name: validation loss} after so many steps on the same batches, the rate warmed up over the first tenth."""
+    source = batches(config, model_config, device)
+    for number in range(config.steps):
+        batch = next(source)
+        for side in sides:
+            for group in side.optimizer.param_groups:
+                group['lr'] = 1e-3 * min(1, 10 * (number + 1) / config.steps)
+            loss = side.step(*batch).item()
+            if (number + 1) % max(1, config.steps // 10) == 0:
+                print(f'  step {number + 1}: {side.name} {loss:.4f}', flush=True)
+    val = [batch for batch, _ in zip(batches(config, model_config, device, 'val'), range(held_out))]
+    found = {}
+    with torch.no_grad():
+        for side in sides:
+            side.model.eval()
+            found[side.name] = round(sum(side.model(*batch)[1].item() for batch in val) / held_out, 4)
+    print('validation loss: ' + ', '.join(f'{name} {loss:.4f}' for name, loss in found.items()))
+    return found
 
 
 def memory_of(name):
@@ -235,14 +257,16 @@ def main(argv):
           f'{config.batch_size}; {device}, {torch.get_num_threads()} threads, ours in {dtype}; matrix products at '
           f'{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}')
     result = {'peak_gflops': round(peak / 1e9, 1), 'dtype': dtype, 'device': str(device)}
-    if config.part in ('all', 'train'):
+    if config.part == 'loss':
+        result['loss'] = bench_loss(config, c, sides, device)
+    if config.part in ('speed', 'train'):
         tokens = config.batch_size * c.block_size
         times = bench_train(config, c, sides, device)
         result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
         result['peak_MiB'] = {name: memory_of(name) for name in names}
         print('  peak memory of a process of its own: ' +
               ', '.join(f'{name} {mib:,.0f} MiB' for name, mib in result['peak_MiB'].items()))
-    if config.part in ('all', 'generate'):
+    if config.part in ('speed', 'generate'):
         for streams in map(int, config.streams.split(',')):
             times = bench_generate(config, sides, device, streams)
             result[f'generate_{streams}'] = report(f'generation, {streams} stream(s) of {config.new_tokens} tokens', times,

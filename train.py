@@ -213,7 +213,7 @@ class Trainer:
         if self.ranks.world_size == 1:
             return model
         ids = [self.ranks.device.index] if self.ranks.device.type == 'cuda' else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     # -- state ----------------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,13 @@ def test_both_sides_start_from_the_same_weights_and_see_the_same_batches(tmp_pat
     assert losses[0][0] != losses[0][1]
 
 
+def test_both_sides_learn_the_same(tmp_path):
+    (tmp_path / 'model.py').write_text(STAND_IN)
+    words = [w for w in TINY if 'vocab' not in w] + ['--vocab_size=320', f'--against={tmp_path}', '--part=loss', '--steps=8']
+    loss = json.loads(run_script('bench.py', *words).stdout.splitlines()[-1])['loss']
+    assert abs(loss['ours'] - loss['nanoGPT']) < 0.02
+
+
 def test_a_wrong_path_is_one_line():
     done = run_script('bench.py', *TINY, '--against=nowhere', check=False)
     assert done.returncode == 2 and 'model.py' in done.stderr and done.stderr.count('\n') == 1

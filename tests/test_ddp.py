@@ -116,7 +116,7 @@ def torchrun(*args):
 
 
 def test_torchrun_saves_when_it_is_told_to_stop(command_line, tmp_path):
-    process = torchrun(*command_line(max_iters=100000, eval_interval=100000, compile=False, ddp_timeout=60, **TWO))
+    process = torchrun(*command_line(max_iters=100000, eval_interval=100000, compile=True, ddp_timeout=60, **TWO))
     while lines(tmp_path / 'run' / 'metrics.jsonl') < 20:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

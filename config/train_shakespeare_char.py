@@ -1,0 +1,20 @@
+# Characters of Shakespeare on a laptop's CPU
+#   python prepare.py shakespeare --tokenizer=char
+#   python train.py config/train_shakespeare_char.py
+out_dir = 'out-shakespeare-char'
+dataset = 'shakespeare_char'
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+bias = False
+batch_size = 8
+data_order = 'random'
+max_iters = 8000
+learning_rate = 6e-3
+lr_schedule = 'linear'
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 2000
+log_interval = 500
+compile = False  # would cost more time than it saves in a run this short
