@@ -12,6 +12,7 @@ import torch
 
 from configurator import UserError, one_of
 from model import GPT, GPTConfig
+from prepare import hub_is_reachable
 
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 
@@ -128,7 +129,7 @@ def _hf_file(name, filename):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     try:
-        return hf_hub_download(name, filename)
+        return hf_hub_download(name, filename, local_files_only=not hub_is_reachable())
     except LocalEntryNotFoundError:
         raise UserError(f'hf:{name} is neither a local folder nor can it be downloaded now; on a machine with a network '
                         f'get its config.json and model.safetensors and use --init_from=hf:FOLDER') from None

@@ -46,7 +46,7 @@ from tokenizer import EOT_TEXT, check_spec, download, last_safe_cut, tokenizer_f
 
 PIECE = 1 << 18             # bytes read at a time, and about the characters that one task encodes
 KEY = 1 << 14               # the characters at the start of a document that choose its split
-BPE_SAMPLE = 50_000_000     # the characters, from the start of the training text, that a bpe tokenizer learns from
+BPE_SAMPLE = 20_000_000     # the characters, from the start of the training text, that a bpe tokenizer learns from
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 HUB = {     # dataset: repository and configuration on the Hugging Face hub, with official splits

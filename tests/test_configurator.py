@@ -2,7 +2,7 @@ import re
 from dataclasses import dataclass, fields
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 import configurator
 import train
@@ -156,8 +156,3 @@ def test_a_mistake_in_the_real_command(command_line, tmp_path):
     done = run_script('train.py', *command_line(), '--learning_rat=3', check=False)
     assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
     assert "'learning_rate'" in done.stderr and not (tmp_path / 'run').exists()
-
-
-def test_the_readme_command_works_from_any_folder(tmp_path):
-    """The script finds its modules, and --help needs neither data nor a run's folder."""
-    assert 'TrainConfig' in run_script(f'{ROOT}/train.py', '-h').stdout and not list(tmp_path.iterdir())
