@@ -11,8 +11,8 @@ import subprocess
 import torch
 
 from configurator import UserError, one_of
+from corpus import hub_is_reachable
 from model import GPT, GPTConfig
-from prepare import hub_is_reachable
 
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 

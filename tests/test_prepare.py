@@ -16,6 +16,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import corpus
 import prepare
 from configurator import UserError
 from tokenizer import EOT_TEXT, tokenizer_from_meta, train_bpe
@@ -108,8 +109,8 @@ TEXTS = ['plain text', 'ends in a newline\n', '\n\nbegins with newlines', 'a\r\n
 
 @pytest.mark.parametrize('piece', [1, 2, 7, 64, 1 << 18])
 def test_a_single_document_keeps_every_character(inside, monkeypatch, tmp_path, piece):
-    monkeypatch.setattr(prepare, 'PIECE', piece)
-    monkeypatch.setattr(prepare, 'KEY', 1)
+    monkeypatch.setattr(corpus, 'PIECE', piece)
+    monkeypatch.setattr(corpus, 'KEY', 1)
     text = '\n'.join(TEXTS)
     texts = read_back(inside(input=write(tmp_path / 'in.txt', text), tokenizer='char'))
     cut = int(len(text) * 0.9)      # nanoGPT's split
@@ -118,8 +119,8 @@ def test_a_single_document_keeps_every_character(inside, monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize('piece', [1, 3, 16, 1 << 18])
 def test_documents_are_what_lies_between_separators(inside, monkeypatch, tmp_path, piece):
-    monkeypatch.setattr(prepare, 'PIECE', piece)
-    monkeypatch.setattr(prepare, 'KEY', 1)
+    monkeypatch.setattr(corpus, 'PIECE', piece)
+    monkeypatch.setattr(corpus, 'KEY', 1)
     rng = random.Random(piece)
     text = ''.join(rng.choice([*'ab <\n', '\r\n', '<|endoftext|', EOT_TEXT]) for _ in range(3000))
     expected = re.split(r'[\r\n]*<\|endoftext\|>[\r\n]*', text)
@@ -133,8 +134,8 @@ def test_documents_are_what_lies_between_separators(inside, monkeypatch, tmp_pat
 @pytest.mark.parametrize('piece', [1, 5, 40])
 def test_ids_are_those_of_whole_documents(inside, monkeypatch, tmp_path, tokenizer, piece):
     """The smaller the pieces, the more cuts: with 1, documents are cut wherever a cut is allowed."""
-    monkeypatch.setattr(prepare, 'PIECE', piece)
-    monkeypatch.setattr(prepare, 'KEY', 1)
+    monkeypatch.setattr(corpus, 'PIECE', piece)
+    monkeypatch.setattr(corpus, 'KEY', 1)
     rng = random.Random(piece)
     atoms = [*"abZ09\n\t'._! é中🙂\u00a0\u2003\x1c\x85", '\r\n', '\n\n', ' ', '  ', "'s", "n't", '<|']
     texts = ['x' + ''.join(rng.choice(atoms) for _ in range(rng.randrange(300))) + 'x' for _ in range(100)]
@@ -152,7 +153,7 @@ def test_one_line_of_megabytes(inside, tmp_path):
                     tokenizer='bpe:280')
     encoder = tokenizer_from_meta(prepare.load_meta(folder)['tokenizer'])
     expected = encoder.encoding.encode_ordinary(text) + [encoder.eot]
-    assert len(text) > 4 * prepare.PIECE
+    assert len(text) > 4 * corpus.PIECE
     assert np.array_equal(np.fromfile(folder / 'train.bin', '<u2'), expected)
 
 
@@ -226,7 +227,7 @@ def test_folder(inside, tmp_path):
 def test_jsonl_and_parquet(inside, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
-    monkeypatch.setattr(prepare, 'PIECE', 8)
+    monkeypatch.setattr(corpus, 'PIECE', 8)
     texts = [f'row {i}\nwith "quotes" {EOT_TEXT} 🙂 \\ \u2028' for i in range(1000)]
     rows = [json.dumps({'n': i, 'story': text}) for i, text in enumerate(texts)]
     jsonl = inside(input=write(tmp_path / 'a.jsonl', '\n\n'.join(rows) + '\n'), text_key='story', tokenizer='byte',
@@ -273,10 +274,10 @@ def test_hub_data_sets_are_named_as_datasets_wants(monkeypatch, tmp_path):
         calls.append((args, kwargs))
         return types.SimpleNamespace(iter=lambda batch_size: [{'text': ['a', 'b']}, {'text': ['c']}])
     monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(prepare, 'hub_is_reachable', lambda: True)
-    source = prepare.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'tinystories')
+    monkeypatch.setattr(corpus, 'hub_is_reachable', lambda: True)
+    source = corpus.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'tinystories')
     assert [text for text, _ in source.train() if text] == ['a', 'b', 'c']
-    prepare.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'wikitext-103')
+    corpus.make_source(prepare.PrepareConfig(data_dir=str(tmp_path)), 'wikitext-103')
     assert calls == [((repository, configuration), {'split': split})
                      for repository, configuration in (('roneneldan/TinyStories', 'default'),
                                                        ('Salesforce/wikitext', 'wikitext-103-raw-v1'))
