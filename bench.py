@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError, configure, option, run
+from configurator import UserError, build, option, read_values, run
 from data import Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from model import GPT, GPTConfig
@@ -239,7 +239,8 @@ def report(title, times, tokens, unit_flops=None, peak=None):
 
 
 def main(argv):
-    config, model_config, _ = configure(argv, BenchConfig, GPTConfig, description=__doc__, defaults=SIZES)
+    values, _ = read_values(argv, BenchConfig, GPTConfig, description=__doc__)
+    config, model_config = build(SIZES | values, BenchConfig, GPTConfig)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     makers = {'ours': our_side, 'nanoGPT': nanogpt_side}

@@ -95,15 +95,11 @@ def _build_parser(classes, description, positional):
     return parser
 
 
-def configure(argv, *classes, description=None, defaults=None,
-              positional=('config', 'config files, read in the order given')):
-    """Reads `argv` into one instance of each dataclass.
+def read_values(argv, *classes, description=None, positional=('config', 'config files, read in the order given')):
+    """Reads `argv` -> {key: value} of what the files and the command line set, and the list of positionals.
 
-    `positional` names the arguments that are not --key=value. With its default they are config files; with another
-    name they are returned. `defaults` are values that stand below both of these and above those of the dataclasses.
-    Returns the instances in the order of `classes`, and after them the list of positionals.
-    Raises UserError for an unknown key (naming the nearest known one), a bad value or an unreadable file.
-    """
+    `positional` names the arguments that are not --key=value; with its default they are config files.
+    Raises UserError for an unknown key (naming the nearest known one), a bad value or an unreadable file."""
     known = {f.name: f for cls in classes for f in fields(cls)}
     assert len(known) == sum(len(fields(cls)) for cls in classes), 'two dataclasses share a key'
     arguments, strangers = _build_parser(classes, description, positional).parse_known_intermixed_args(argv)
@@ -112,17 +108,26 @@ def configure(argv, *classes, description=None, defaults=None,
         raise unknown_key(key, known, 'the command line')
     given = vars(arguments)
     words = given.pop(positional[0])
-    values = dict(defaults or {})
+    values = {}
     for path in words if positional[0] == 'config' else []:
         for key, value in read_config_file(path).items():
             if key not in known:
                 raise unknown_key(key, known, path)
             values[key] = value
     values.update(given)
-    values = {key: parse(key, value, known[key].type, known[key].metadata.get('choices'))
-              for key, value in values.items()}
-    made = [cls(**{k: v for k, v in values.items() if k in {f.name for f in fields(cls)}}) for cls in classes]
-    return *made, words
+    return {key: parse(key, value, known[key].type, known[key].metadata.get('choices'))
+            for key, value in values.items()}, words
+
+
+def build(values, *classes):
+    """One instance of each dataclass, of those of the `values` that are its fields."""
+    return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
+
+
+def configure(argv, *classes, **options):
+    """`read_values` and `build` in one: the instances in the order of `classes`, and after them the positionals."""
+    values, words = read_values(argv, *classes, **options)
+    return *build(values, *classes), words
 
 
 def run(main):

@@ -13,7 +13,7 @@ import signal
 import time
 import uuid
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, configure, option, run
+from configurator import UserError, build, option, read_values, run
 from data import ORDERS, Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from model import GPT, GPTConfig
@@ -155,6 +155,8 @@ class Trainer:
         self.network = self._wrap(self.model)
         self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
         self.stop_signal = None
+        if resumed is not None:
+            resumed.clear()  # its tensors are copied or in use: what is left of them need not stay in memory
 
     # -- building -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +413,7 @@ def refuse_changes(state, model_config, meta):
         raise UserError(f"cannot resume: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
                         f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
     differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k, None)} now'
-                 for k, v in state['model_args'].items() if getattr(model_config, k, None) != v]
+                 for k, v in state['model_args'].items() if k != 'dropout' and getattr(model_config, k, None) != v]
     if differing:
         raise UserError(f"cannot resume: {'; '.join(differing)}; use --init_from=DIR to start a new run from its weights")
 
@@ -419,14 +421,12 @@ def refuse_changes(state, model_config, meta):
 def read_settings(argv):
     """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps the settings it had; those given now,
     in a file or on the command line, come before them."""
-    config, model_config, _ = configure(argv, TrainConfig, GPTConfig, description=__doc__)
-    if config.init_from != 'resume':
-        return config, model_config, None
-    state = checkpoint.load(checkpoint.find(config.out_dir, 'last'))
-    known = {f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls)}
-    before = {k: v for k, v in state['config'].items() if k in known}
-    config, model_config, _ = configure(argv, TrainConfig, GPTConfig, defaults=before)
-    return config, model_config, state
+    values, _ = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
+    state = None
+    if values.get('init_from') == 'resume':
+        state = checkpoint.load(checkpoint.find(values.get('out_dir', TrainConfig.out_dir), 'last'))
+        values = state['config'] | values
+    return *build(values, TrainConfig, GPTConfig), state
 
 
 def train(config, model_config, resumed=None):

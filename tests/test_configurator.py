@@ -6,7 +6,7 @@ from conftest import run_script
 
 import configurator
 import train
-from configurator import UserError, configure, option
+from configurator import UserError, build, configure, option, read_values
 from model import GPTConfig
 
 
@@ -95,8 +95,9 @@ def test_later_files_beat_earlier_ones_and_the_command_line_beats_files(config_f
 
 
 def test_given_defaults_stand_below_files_and_above_the_dataclass(config_file):
-    cfg, _ = configure([config_file('size = 7')], Toy, defaults={'size': 5, 'name': 'given'})
-    assert cfg == Toy(size=7, name='given')
+    values, _ = read_values([config_file('size = 7')], Toy)
+    assert values == {'size': 7}
+    assert build({'size': 5, 'name': 'given', 'of_another': 1} | values, Toy) == [Toy(size=7, name='given')]
 
 
 @pytest.mark.parametrize('text', ['raise ValueError("no\\nno")', '1 / 0', 'size = = 3', 'import no_such_module',

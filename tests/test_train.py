@@ -251,11 +251,11 @@ def train_slowly(argv):
 def test_resuming_another_architecture_is_refused_by_name(tiny, change):
     config, model_config = tiny()
     train.train(config, model_config)
-    before = os.stat(f'{config.out_dir}/ckpt.pt'), metrics(config.out_dir)
+    before = os.stat(f'{config.out_dir}/ckpt.pt').st_mtime_ns, metrics(config.out_dir)
     value = {'n_layer': 3, 'n_embd': 24, 'block_size': 8, 'n_head': 1, 'bias': False}[change]
     with pytest.raises(UserError, match=f'resume.*{change}.*{value}'):
         resume(config.out_dir, f'--{change}={value}', '--max_iters=9')
-    assert (os.stat(f'{config.out_dir}/ckpt.pt'), metrics(config.out_dir)) == before
+    assert (os.stat(f'{config.out_dir}/ckpt.pt').st_mtime_ns, metrics(config.out_dir)) == before
 
 
 @pytest.fixture
@@ -708,3 +708,10 @@ def test_the_initial_weights_depend_on_the_seed_alone(tiny):
         torch.rand(3)
         return Trainer(*tiny(**overrides), Ranks()).model.state_dict()['transformer.wte.weight']
     assert torch.equal(weights(), weights(dropout=0.5, batch_size=2)) and not torch.equal(weights(), weights(seed=1))
+
+
+def test_a_resumed_run_may_change_its_dropout(tiny):
+    config, model_config = tiny()
+    train.train(config, model_config)
+    assert resume(config.out_dir, '--dropout=0.2', '--max_iters=8') == 0
+    assert metrics(config.out_dir)[-1]['iter'] == 8
