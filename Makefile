@@ -19,7 +19,7 @@ bench: $(VENV)/.installed
 	$(PY) bench.py $(if $(AGAINST),--against=$(AGAINST))
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'install the venv module, on Debian python3-venv'; exit 1; }
 
 # A stamp file is newer than the list it was installed from, so a second call installs nothing.
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python

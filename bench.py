@@ -12,7 +12,6 @@ float32 on a CPU, compiled in bfloat16 on a GPU. The last line of stdout is one 
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -82,8 +81,9 @@ def our_side(config, model_config, device, dtype):
         return loss
 
     def generate(prompt, count):
-        for column in model.generate(prompt, count, temperature=0.8, top_k=200):
-            column.tolist()  # sample.py looks at every token
+        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+            for column in model.generate(prompt, count, temperature=0.8, top_k=200):
+                column.tolist()  # sample.py looks at every token
 
     return Side('ours', model, optimizer, step, generate)
 
@@ -114,7 +114,11 @@ def nanogpt_side(config, model_config, device, dtype):
         update(model, optimizer, loss)
         return loss
 
-    return Side('nanoGPT', model, optimizer, step, lambda prompt, count: model.generate(prompt, count, 0.8, 200))
+    def generate(prompt, count):
+        with autocast(device, 'float32' if on_cpu else dtype):
+            model.generate(prompt, count, 0.8, 200)
+
+    return Side('nanoGPT', model, optimizer, step, generate)
 
 
 def batches(config, model_config, device, split='train'):
@@ -211,9 +215,14 @@ def memory_of(name):
 
 
 def peak_memory(device):
+    """MiB that this process has needed at its peak, on its device; None where the system does not tell."""
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        with open('/proc/self/status', encoding='utf-8') as f:  # getrusage would start from the parent's peak
+            return next(int(line.split()[1]) // 1024 for line in f if line.startswith('VmHWM'))
+    except OSError:
+        return None
 
 
 def report(title, times, tokens, unit_flops=None, peak=None):
@@ -250,7 +259,7 @@ def main(argv):
         source = batches(config, model_config, device)
         for _ in range(3):
             sides[0].step(*next(source))
-        print(json.dumps({'peak_MiB': round(peak_memory(device), 1)}))
+        print(json.dumps({'peak_MiB': peak_memory(device)}))
         return
     c = model_config
     peak = peak_flops(device, dtype)
@@ -266,7 +275,7 @@ def main(argv):
         result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
         result['peak_MiB'] = {name: memory_of(name) for name in names}
         print('  peak memory of a process of its own: ' +
-              ', '.join(f'{name} {mib:,.0f} MiB' for name, mib in result['peak_MiB'].items()))
+              ', '.join(f'{name} {mib} MiB' for name, mib in result['peak_MiB'].items()))
     if config.part in ('speed', 'generate'):
         for streams in map(int, config.streams.split(',')):
             times = bench_generate(config, sides, device, streams)

@@ -14,6 +14,9 @@ from configurator import UserError, one_of
 from corpus import hub_is_reachable
 from model import GPT, GPTConfig
 
+# What a Hugging Face GPT-2 may say of itself and still be the GPT-2 of model.py.
+HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
+            'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 
 
@@ -41,6 +44,20 @@ def save(out_dir, state, names):
         folder = os.open(out_dir, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def forget_best(out_dir):
+    """Removes the best checkpoint of `out_dir`, if there is one."""
+    path = os.path.join(out_dir, FILES['best'])
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def fall_back(out_dir):
+    """Makes the best checkpoint of `out_dir` the last one too, if there is one."""
+    best, last = (os.path.join(out_dir, FILES[name]) for name in ('best', 'last'))
+    if os.path.exists(best):
+        _second_name(best, last)
 
 
 def _second_name(path, name):
@@ -167,9 +184,11 @@ def load_hf(name):
         config = json.load(f)
     if config.get('model_type') != 'gpt2':
         raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
-    inner = config.get('n_inner')
-    if inner not in (None, 4 * config['n_embd']) or config.get('activation_function', 'gelu_new') != 'gelu_new':
-        raise UserError(f'hf:{name} changes GPT-2 itself (n_inner or activation_function); plain GPT-2 can be loaded')
+    changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]
+    if config.get('n_inner') not in (None, 4 * config['n_embd']):
+        changed.append('n_inner')
+    if changed:
+        raise UserError(f'hf:{name} changes GPT-2 itself ({", ".join(changed)}); plain GPT-2 can be loaded')
     model_args = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'],
                       n_head=config['n_head'], n_embd=config['n_embd'], bias=True)
     weights = {}

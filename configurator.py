@@ -136,7 +136,7 @@ def run(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
-        if os.environ.get('RANK', '0') == '0':  # under torchrun once, not once per rank
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # under torchrun once per machine, not once per rank
             print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -91,7 +91,8 @@ class Windows:
         batch = np.empty((len(offsets), self.window), dtype=self.dtype)
         for row, offset in zip(batch, offsets):
             self.file.seek(int(offset) * self.dtype.itemsize)
-            self.file.readinto(row)
+            if self.file.readinto(row) != row.nbytes:
+                raise UserError(f'{self.file.name} ended early: was it changed while it was read?')
         return torch.from_numpy(batch.astype(np.int64))
 
     def spread(self, count):

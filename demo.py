@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def last_evaluation(out_dir):
 
 def main(argv):
     config, _ = configure(argv, DemoConfig, description=__doc__)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the script that runs: it saves, and ends with an error
     dataset = f'{DATASET}_{TOKENIZER.replace(":", "")}'
     folder = os.path.join(config.data_dir, dataset)
     place = [f'--out_dir={config.out_dir}', f'--data_dir={config.data_dir}']

@@ -44,10 +44,11 @@ def pick_device(name):
     """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'. Raises UserError if this machine does not have it."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = one_of('device', name.split(':')[0], ('cpu', 'cuda', 'mps'))
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}[kind]
-    if not there:
-        raise UserError(f'device={name}: this machine or this build of PyTorch has none; use --device=cpu')
+    kind, _, index = name.partition(':')
+    one_of('device', kind, ('cpu', 'cuda', 'mps'))
+    there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]
+    if index and not index.isdecimal() or int(index or 0) >= there:
+        raise UserError(f'device={name}: this machine or this build of PyTorch has {there} of {kind}; use --device=cpu')
     return torch.device(name)
 
 
@@ -89,7 +90,7 @@ def setup_ranks(device, backend, timeout):
         return Ranks(device=device)
     local_rank = int(os.environ['LOCAL_RANK'])
     if device.type == 'cuda':
-        device = torch.device('cuda', local_rank)
+        device = pick_device(f'cuda:{local_rank}')
         torch.cuda.set_device(device)
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' else 'gloo'

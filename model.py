@@ -161,10 +161,12 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            if self.gradient_checkpointing and self.training:
+            if cache is not None:
+                x = block.forward(x, cache)  # never compiled: its lengths change at every step
+            elif self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -196,11 +198,11 @@ class GPT(nn.Module):
         found = [self.objective.metrics(self.head(x), y, w) for x, y, w in parts]
         return {name: sum(part[name] for part in found) for name in found[0]}
 
-    def compile_blocks(self, **options):
+    def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
         seconds where the whole model takes a minute, and the head stays free to work in chunks."""
         for block in self.transformer.h:
-            block.compile(**options)
+            block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
 
     # -- optimizer ------------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,8 @@ def next_token_metrics(logits, targets, weights=None):
     counted = targets != IGNORE
     losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction='none')
     correct = (logits.argmax(-1) == targets) & counted
-    return {'loss': losses.double().sum(), 'accuracy': correct.double().sum(), 'count': counted.double().sum()}
+    sums = {'loss': losses, 'accuracy': correct, 'count': counted}
+    return {name: values.cpu().double().sum() for name, values in sums.items()}  # not every device has float64
 
 
 NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entropy, loss=cross_entropy,

@@ -31,12 +31,12 @@ class RunLog:
         self.wandb = start_wandb(trainer) if self.config.wandb_log else None
 
     def _open(self, keep_bytes):
-        """metrics.jsonl: empty for a new run, else cut to what the checkpoint knows; what came after is done again."""
+        """metrics.jsonl: empty for a new run, else cut to what the checkpoint knows; what came after is done again.
+        An evaluation alone only adds its line, for the run may be under way."""
         os.makedirs(self.config.out_dir, exist_ok=True)
-        path = os.path.join(self.config.out_dir, 'metrics.jsonl')
-        file = open(path, 'wb' if keep_bytes is None else 'ab', buffering=0)
-        if keep_bytes is not None:
-            file.truncate(min(keep_bytes, os.path.getsize(path)))
+        file = open(os.path.join(self.config.out_dir, 'metrics.jsonl'), 'ab', buffering=0)
+        if not self.config.eval_only and file.tell() > (keep_bytes or 0):
+            file.truncate(keep_bytes or 0)
             file.seek(0, os.SEEK_END)
         return file
 
@@ -46,6 +46,8 @@ class RunLog:
                  'torch': torch.__version__, 'device_used': str(t.ranks.device), 'dtype_used': t.dtype,
                  'world_size': t.ranks.world_size, 'max_iters_used': t.schedule.max_iters}
         path = os.path.join(self.config.out_dir, 'config.json')
+        if self.config.eval_only and os.path.exists(path):
+            return  # it describes the run
         with open(path, 'w', encoding='utf-8') as f:
             json.dump(t.settings() | facts, f, indent=2)
 
@@ -82,12 +84,13 @@ class RunLog:
                   flush=True)
 
     def evaluation(self, metrics):
-        meta = self.trainer.meta['splits']['val']
-        metrics['val_bits_per_byte'] = metrics['val_loss'] / math.log(2) * meta['tokens'] / meta['bytes']
+        """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well."""
+        if self.trainer.objective.val_metric == 'loss':
+            val = self.trainer.meta['splits']['val']
+            metrics['val_bits_per_byte'] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
         self._write(metrics)
-        self.trainer.say(f'iter {self.trainer.iter_num}: train loss {metrics["train_loss"]:.4f}, val loss '
-                         f'{metrics["val_loss"]:.4f}, accuracy {metrics["val_accuracy"]:.3f}, '
-                         f'{metrics["val_bits_per_byte"]:.3f} bits per byte')
+        self.trainer.say(f'iter {self.trainer.iter_num}: ' +
+                         ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()))
 
     def close(self):
         self.bar.close()
@@ -107,7 +110,8 @@ def start_wandb(trainer):
         mode = os.environ.get('WANDB_MODE') or ('online' if has_key else 'offline')  # never ask for a login
         c = trainer.config
         return wandb.init(project=c.wandb_project, name=c.wandb_run_name or os.path.basename(c.out_dir), mode=mode,
-                          dir=c.out_dir, config=trainer.settings(), settings=wandb.Settings(init_timeout=30))
+                          dir=c.out_dir, config=trainer.settings(), id=trainer.run_id, resume='allow',
+                          settings=wandb.Settings(init_timeout=30, finish_timeout=60))
     except Exception as e:
         trainer.say(f'training without wandb: {type(e).__name__}: {e}')
         return None

@@ -15,7 +15,7 @@ import torch
 import checkpoint
 from configurator import UserError, configure, option, run
 from data import derive_seed
-from machine import DTYPES, pick_device, pick_dtype
+from machine import DTYPES, autocast, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_meta, tokenizer_from_spec
 
@@ -37,7 +37,7 @@ class SampleConfig:
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+    dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 
     def __post_init__(self):
         for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
@@ -47,20 +47,21 @@ class SampleConfig:
             raise UserError(f'top_p={self.top_p} must be above 0 and at most 1')
 
 
-def load(config):
-    """-> the model in evaluation mode on its device, its tokenizer."""
-    device = pick_device(config.device)
-    dtype = DTYPES[pick_dtype(config.dtype, device)]
+def load(config, device):
+    """-> the model in evaluation mode on the device, its tokenizer."""
     if config.init_from.startswith('hf:'):
         model_args, weights = checkpoint.load_hf(config.init_from.removeprefix('hf:'))
-        model, tokenizer = GPT(GPTConfig(**model_args)), tokenizer_from_spec('gpt2')
+        model, tokenizer = GPT(GPTConfig(**model_args)).eval(), tokenizer_from_spec('gpt2')
+        if model_args['vocab_size'] != tokenizer.vocab_size:
+            raise UserError(f"{config.init_from} has a vocabulary of {model_args['vocab_size']}, GPT-2's tokenizer one of "
+                            f"{tokenizer.vocab_size}: only models that kept it can be sampled")
         checkpoint.start_from(model, weights)
     elif config.init_from == 'resume':
         state = checkpoint.load(checkpoint.find(config.out_dir, config.ckpt))
         model, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
     else:
         raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
-    return model.to(device, dtype).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 def read_prompt(start):
@@ -102,23 +103,33 @@ def stream(text, tokenizer, steps):
     return count
 
 
+def print_samples(text, tokenizer, model, prompt, config):
+    """Prints all samples, made some at a time; returns their number of tokens."""
+    tokens = 0
+    for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
+        count = min(SAMPLES_AT_ONCE, config.num_samples - first)
+        steps = list(generate(model, tokenizer, prompt, count, config, derive_seed(config.seed, first)))
+        for column in zip(*steps):
+            ids = [token for token in column if token is not None]
+            tokens += len(ids)
+            print(text + tokenizer.decode(ids), '---------------', sep='\n', flush=True)
+    return tokens
+
+
 def main(argv):
     config, words = configure(argv, SampleConfig, description=__doc__)
     text = read_prompt(config.start)
-    model, tokenizer = load(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
+    model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     prompt = tokenizer.encode(text) or [tokenizer.eot]
-    tokens, started = 0, time.perf_counter()
-    if config.num_samples == 1:
-        tokens = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
-    else:
-        for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
-            count = min(SAMPLES_AT_ONCE, config.num_samples - first)
-            steps = list(generate(model, tokenizer, prompt, count, config, derive_seed(config.seed, first)))
-            for column in zip(*steps):
-                ids = [token for token in column if token is not None]
-                tokens += len(ids)
-                print(text + tokenizer.decode(ids), '---------------', sep='\n', flush=True)
+    started = time.perf_counter()
+    with autocast(device, dtype):
+        if config.num_samples == 1:
+            tokens = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
+        else:
+            tokens = print_samples(text, tokenizer, model, prompt, config)
     seconds = time.perf_counter() - started
     print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s', file=sys.stderr)
 

@@ -132,7 +132,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         if config.gradient_accumulation_steps % ranks.world_size:
             raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
-                            f'and must be a multiple of their number, {ranks.world_size}')
+                            f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.evaluated_iter, self.saved_iter = -1, -1
@@ -178,6 +178,8 @@ class Trainer:
             shape = {k: model_args[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
             shape['block_size'] = min(model_config.block_size, model_args['block_size'])  # positions can be cut off
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:shape['block_size']]
+            changed = [f'{k}={v}' for k, v in shape.items() if getattr(model_config, k) != v]
+            self.say(f'taken from {c.init_from}: {", ".join(changed) or "nothing but weights"}')
             model_config = GPTConfig(**asdict(model_config) | shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
@@ -236,8 +238,12 @@ class Trainer:
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         self.model.load_state_dict(state['model'])
+        settings = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
-        self.scaler.load_state_dict(state['scaler'])
+        for group, now in zip(self.optimizer.param_groups, settings):
+            group.update(now)  # it brought the old weight_decay and betas along
+        if state['scaler']:  # empty where the run was not in float16 before
+            self.scaler.load_state_dict(state['scaler'])
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
         self.evaluated_iter, self.saved_iter = state['evaluated_iter'], state['iter_num']
         self.run_id, self.parents = state['run_id'], state['parents']
@@ -245,7 +251,7 @@ class Trainer:
             mine = state['random_states'][self.ranks.rank]
             torch.set_rng_state(mine['cpu'])
             if self.ranks.device.type == 'cuda' and 'cuda' in mine:
-                torch.cuda.set_rng_state(mine['cuda'])
+                torch.cuda.set_rng_state(mine['cuda'], self.ranks.device)
         else:
             self.say('another number of ranks than before: dropout goes on from a new random state')
             torch.manual_seed(derive_seed(self.config.seed, self.ranks.rank, self.iter_num))
@@ -254,9 +260,11 @@ class Trainer:
         """Writes one state under each of the names 'last' and 'best'."""
         mine = {'cpu': torch.get_rng_state()}
         if self.ranks.device.type == 'cuda':
-            mine['cuda'] = torch.cuda.get_rng_state()
+            mine['cuda'] = torch.cuda.get_rng_state(self.ranks.device)
         random_states = self.ranks.gather(mine)
         if self.ranks.first:
+            if self.best_val_loss == math.inf:
+                checkpoint.forget_best(self.config.out_dir)  # of an earlier run in this folder
             checkpoint.save(self.config.out_dir, self.state(random_states), names)
         self.saved_iter = self.iter_num
 
@@ -308,10 +316,13 @@ class Trainer:
         train, val = self.evaluate('train'), self.evaluate('val')
         metric = self.objective.val_metric
         if self.log:
-            self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], 'val_accuracy': val['accuracy']})
+            others = {f'val_{name}': value for name, value in val.items() if name != metric}
+            self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
         if not math.isfinite(val[metric]):
-            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}; '
-                             'the best checkpoint is untouched')
+            if self.ranks.first and keep:
+                checkpoint.fall_back(self.config.out_dir)
+            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: stopped; '
+                             'the last checkpoint is the best one again; try a lower --learning_rate')
         self.evaluated_iter = self.iter_num
         if keep and val[metric] < self.best_val_loss:
             self.best_val_loss = val[metric]
@@ -361,9 +372,10 @@ class Trainer:
             self.log.step(total, lr, float(norm), time.perf_counter() - started)
 
     def _check_finite(self, loss, norm):
-        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient is ordinary:
-        the scaler skips the update and lowers its scale."""
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient now and then is
+        ordinary: the scaler skips the update and halves its scale, but not for ever."""
+        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
+        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             return
         raise SystemExit(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
                          f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')

@@ -1,6 +1,7 @@
 # The demo: the Python standard library's source on a CPU
 #   make demo     or     python prepare.py python --tokenizer=bpe:1024 --val_fraction=0.03
 #                        python train.py config/train_python.py
+# Machine A of LOG.md: @@DEMOHEAD@@; loss and bits per byte there too.
 out_dir = 'out-python'
 dataset = 'python_bpe1024'
 n_layer = 2

@@ -82,9 +82,12 @@ def documents(text):
     return text.split(EOT_TEXT)[:-1]
 
 
+def files_below(folder):
+    return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+
+
 def snapshot(folder):
-    return {path: open(path, 'rb').read() for path in glob.glob(f'{folder}/**', recursive=True, include_hidden=True)
-            if os.path.isfile(path)}
+    return {path: open(path, 'rb').read() for path in files_below(folder)}
 
 
 @pytest.fixture
@@ -357,7 +360,7 @@ def check_refused(result, work, message):
     assert result.code == 2, result
     assert message in result.err and result.err.startswith('prepare.py: '), result.err
     assert result.err.count('\n') == 1 and 'Traceback' not in result.err + result.out
-    assert not glob.glob(f'{work}/data/**/*.bin', recursive=True, include_hidden=True)
+    assert not [path for path in files_below(f'{work}/data') if path.endswith('.bin')]
     assert not glob.glob(f'{work}/data/.*'), 'temporary files are left'
 
 

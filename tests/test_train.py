@@ -185,6 +185,30 @@ def test_a_resumed_run_keeps_its_settings(tiny):
     assert changed == config
 
 
+def test_optimizer_settings_given_on_resume_hold(tiny):
+    config, model_config = tiny(max_iters=2)
+    train.train(config, model_config)
+    words = ['--init_from=resume', f'--out_dir={config.out_dir}', '--beta2=0.8', '--weight_decay=0.3']
+    again, model_again, state = train.read_settings(words)
+    groups = Trainer(again, model_again, Ranks(), state).optimizer.param_groups
+    assert [(group['betas'], group['weight_decay']) for group in groups] == [((0.9, 0.8), 0.3), ((0.9, 0.8), 0.0)]
+
+
+def test_a_run_may_go_on_in_float16(tiny):
+    config, model_config = tiny(max_iters=2)
+    train.train(config, model_config)
+    assert resume(config.out_dir, '--dtype=float16', '--max_iters=4') == 0
+
+
+def test_a_new_run_forgets_the_best_of_an_old_one(tiny, at_iteration):
+    config, model_config = tiny()
+    train.train(config, model_config)
+    again, model_config = tiny(eval_interval=100, max_iters=4, seed=2)
+    at_iteration(2, lambda: signal.raise_signal(signal.SIGINT))
+    assert train.train(again, model_config) == 130
+    assert not os.path.exists(f'{config.out_dir}/ckpt_best.pt')
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny):
     config, model_config = tiny()
     train.train(config, model_config)
@@ -341,6 +365,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_best(tiny):
     with pytest.raises(SystemExit, match='validation loss'):
         resume(config.out_dir, '--max_iters=9', '--learning_rate=1e30', '--decay_lr=False', '--eval_interval=1')
     assert open(f'{config.out_dir}/ckpt_best.pt', 'rb').read() == best
+    assert open(f'{config.out_dir}/ckpt.pt', 'rb').read() == best, 'the spoiled state is not what resuming finds'
     for line in open(f'{config.out_dir}/metrics.jsonl', encoding='utf-8'):
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
 
@@ -467,7 +492,9 @@ def test_eval_only(tiny):
     expected = metrics(config.out_dir)[-1]
     assert 'val_loss' in expected and 'val_accuracy' in expected and 'train_loss' in expected
     before = open(f'{config.out_dir}/ckpt.pt', 'rb').read()
+    described, lines = open(f'{config.out_dir}/config.json').read(), len(metrics(config.out_dir))
     assert resume(config.out_dir, '--eval_only=True') == 0
+    assert open(f'{config.out_dir}/config.json').read() == described and len(metrics(config.out_dir)) == lines + 1
     assert metrics(config.out_dir)[-1] == expected and open(f'{config.out_dir}/ckpt.pt', 'rb').read() == before
     fresh, model_config = tiny(out_dir='fresh', eval_only=True)
     assert train.train(fresh, model_config) == 0
