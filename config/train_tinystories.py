@@ -1,8 +1,8 @@
 # GPT-2's shape in small on TinyStories: a CPU's afternoon, or minutes on a GPU
 #   python prepare.py tinystories
 #   python train.py config/train_tinystories.py
-# Measured (LOG.md, machine A): 552 tokens/s, that is 7.4 s per iteration, 1.6 times as fast as nanoGPT beside it. The loss at
-# the end has not been measured yet.
+# Measured on machine A of LOG.md: 552 tokens/s, 7.4 s per iteration, 1.6 times as fast as nanoGPT beside it. The loss at the
+# end is not measured yet.
 out_dir = 'out-tinystories'
 dataset = 'tinystories'
 n_layer = 6
