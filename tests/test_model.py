@@ -290,6 +290,14 @@ def test_cached_logits_are_the_full_ones():
     torch.testing.assert_close(model.head(torch.cat(parts, 1)), full, atol=2e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_head_of_few_rows_is_the_head():
+    model = make()
+    for rows in (1, 3, 4, 9):
+        x = torch.randn(rows, SIZES['n_embd'])
+        torch.testing.assert_close(model.head_of_few(x), model.head(x), atol=1e-5, rtol=1e-5)
+
+
 def test_gradient_checkpointing_and_compilation_change_nothing():
     idx = tokens(2, 32)
     grads = []
