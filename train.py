@@ -198,9 +198,7 @@ class Trainer:
             self.parents = [c.init_from]
         elif os.path.isdir(c.init_from):
             source = checkpoint.load(checkpoint.find(c.init_from))
-            if source['tokenizer'] != self.meta['tokenizer']:
-                raise UserError(f"{c.init_from} was trained with tokenizer {source['tokenizer']['name']}, the data set has "
-                                f"{self.meta['tokenizer']['name']} or another vocabulary of that name")
+            refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
             model_args, weights = source['model_args'], source['model']
             self.parents = [source['run_id'], *source['parents']]
         else:
@@ -419,11 +417,16 @@ class Trainer:
             tqdm.write(line)
 
 
+def refuse_tokenizer(what_fails, state, meta):
+    """Raises UserError where a checkpoint's tokenizer is not that of the data set."""
+    if state['tokenizer'] != meta['tokenizer']:
+        raise UserError(f"{what_fails}: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
+                        f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
+
+
 def refuse_changes(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
-    if state['tokenizer'] != meta['tokenizer']:
-        raise UserError(f"cannot resume: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
-                        f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
+    refuse_tokenizer('cannot resume', state, meta)
     differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k, None)} now'
                  for k, v in state['model_args'].items() if k != 'dropout' and getattr(model_config, k, None) != v]
     if differing:
