@@ -205,9 +205,15 @@ def bench_loss(config, model_config, sides, device, held_out=20):
     return found
 
 
-def memory_of(name):
-    """MiB that a fresh process with this side alone needs at its peak for three training steps."""
-    words = [sys.executable, *sys.argv, f'--only={name}', '--part=train', '--compile=False']
+def report_memory(names, part):
+    """{side name: MiB that a fresh process with it alone needs at its peak for three training steps, or to generate}."""
+    found = {name: memory_of(name, part) for name in names}
+    print('  peak memory of a process of its own: ' + ', '.join(f'{name} {mib} MiB' for name, mib in found.items()))
+    return found
+
+
+def memory_of(name, part):
+    words = [sys.executable, *sys.argv, f'--only={name}', f'--part={part}', '--compile=False', '--rounds=1']
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f'measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}')
@@ -256,9 +262,10 @@ def main(argv):
     names = [config.only] if config.only else ['ours'] + ['nanoGPT'] * bool(config.against)
     sides = [makers[name](config, model_config, device, dtype) for name in names]
     if config.only:
-        source = batches(config, model_config, device)
-        for _ in range(3):
-            sides[0].step(*next(source))
+        if config.part == 'generate':
+            bench_generate(config, sides, device, streams=1)
+        else:
+            bench_train(config, model_config, sides, device)
         print(json.dumps({'peak_MiB': peak_memory(device)}))
         return
     c = model_config
@@ -273,14 +280,13 @@ def main(argv):
         tokens = config.batch_size * c.block_size
         times = bench_train(config, c, sides, device)
         result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
-        result['peak_MiB'] = {name: memory_of(name) for name in names}
-        print('  peak memory of a process of its own: ' +
-              ', '.join(f'{name} {mib} MiB' for name, mib in result['peak_MiB'].items()))
+        result['peak_MiB'] = report_memory(names, 'train')
     if config.part in ('speed', 'generate'):
         for streams in map(int, config.streams.split(',')):
             times = bench_generate(config, sides, device, streams)
             result[f'generate_{streams}'] = report(f'generation, {streams} stream(s) of {config.new_tokens} tokens', times,
                                                    streams * config.new_tokens)
+        result['generate_peak_MiB'] = report_memory(names, 'generate')
     print(json.dumps(result))
 
 

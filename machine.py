@@ -71,6 +71,18 @@ def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(device.type, DTYPES[dtype])
 
 
+def packed_linear(weight, bias, rows):
+    """A function x (..., K) -> x @ weight^T + bias (..., N) over a copy of weight (N, K), float32 on a CPU, in the layout
+    that is fastest to read for so many rows of x: reading the weights is what such a product takes its time for."""
+    if rows == 1 and len(weight) > weight.size(1) and bias is None:  # MKL adds long columns faster than it sums short rows
+        columns = weight.t().contiguous()
+        return lambda x: x @ columns
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'none', [], '')
+
+
 def compiler_works(device):
     """Whether torch.compile can build code for the device here; if not, says so once."""
     try:

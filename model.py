@@ -7,6 +7,7 @@ References:
 2) Hugging Face's GPT2LMHeadModel, whose weights load here and whose logits these are.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
+from machine import packed_linear
 from objectives import LOGITS_PER_CHUNK, get_objective
 
 MODEL_TYPES = ('gpt2',)
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
+PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
 
 @dataclass
@@ -60,13 +63,21 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+class Linear(nn.Linear):
+    """nn.Linear, which a step of generation can lend a faster way to its product."""
+    lent = None
+
+    def forward(self, x):
+        return super().forward(x) if self.lent is None else self.lent(x)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
 
     def forward(self, x, cache=None):
@@ -86,8 +97,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
 
     def forward(self, x):
@@ -124,7 +135,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
+        self.lm_head = Linear(config.n_embd, padded, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.apply(self._init_weights)
 
@@ -175,16 +186,6 @@ class GPT(nn.Module):
         """Hidden states (..., C) -> logits (..., vocab_size), the padding cut off."""
         return self.lm_head(x)[..., :self.config.vocab_size]
 
-    def head_of_few(self, x):
-        """`head` of a few rows (B, C), as generation needs it -> (B, vocab_size).
-
-        On a CPU it is bound by reading the table, and MKL reads it up to three times as fast as the left factor of at least
-        four rows, transposed (LOG.md)."""
-        if x.device.type != 'cpu':
-            return self.head(x)
-        rows = F.pad(x, (0, 0, 0, max(0, 4 - len(x))))  # (max(B, 4), C)
-        return (self.lm_head.weight @ rows.t())[:self.config.vocab_size, :len(x)].t().contiguous()
-
     def forward(self, idx, targets=None, weights=None, return_logits=True):
         """idx, targets, weights (B, T) -> logits, loss.
 
@@ -226,7 +227,6 @@ class GPT(nn.Module):
 
     # -- generation -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True):
         """Yields max_new_tokens columns (B,) of sampled ids that continue idx (B, T).
 
@@ -235,7 +235,7 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         idx = idx[:, -block_size:]
-        cache = None
+        cache, lent = None, self._packed(len(idx))
         if use_cache:
             size = min(block_size, idx.size(1) + max_new_tokens)
             cache = KVCache(self.config, len(idx), size, idx.device, self._compute_dtype())
@@ -243,11 +243,32 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is not None and cache.length + fresh.size(1) > block_size:
                 cache = None
-            x = self.trunk(fresh if cache is not None else idx[:, -block_size:], cache)
-            logits = self.head_of_few(x[:, -1])  # (B, V)
-            fresh = sample_logits(logits, temperature, top_k, top_p, rng)[:, None]
+            with torch.inference_mode(), self._lend(lent):
+                x = self.trunk(fresh if cache is not None else idx[:, -block_size:], cache)
+                column = sample_logits(self.head(x[:, -1]), temperature, top_k, top_p, rng)  # (B,)
+            fresh = column.clone()[:, None]  # an ordinary tensor: no other may meet autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
             yield fresh[:, 0]
+
+    def _packed(self, rows):
+        """{linear: a faster way to its product with so many rows}, where there is one: on a CPU, in float32."""
+        linears = [m for m in self.modules() if isinstance(m, Linear)]
+        weight = self.lm_head.weight
+        fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
+        if weight.device.type != 'cpu' or self._compute_dtype() != torch.float32 or not fits:
+            return {}
+        return {linear: packed_linear(linear.weight.detach(), linear.bias, rows) for linear in linears}
+
+    @contextmanager
+    def _lend(self, lent):
+        """Only while a step runs, so that no one else ever computes with a copy of weights that have changed since."""
+        for linear, product in lent.items():
+            linear.lent = product
+        try:
+            yield
+        finally:
+            for linear in lent:
+                linear.lent = None
 
     def _compute_dtype(self):
         device_type = self.lm_head.weight.device.type
@@ -261,14 +282,13 @@ def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     smallest set of best ids whose probability reaches top_p, the id that crosses it included."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
     k = min(top_k or logits.size(-1), logits.size(-1))
     ids = None
     if k < logits.size(-1):
         logits, ids = logits.topk(k, dim=-1)  # sorted, best first
     elif top_p is not None and top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    probs = logits.softmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         before = probs.cumsum(-1) - probs  # the mass of the better ones
         probs = probs.masked_fill(before >= top_p, 0.0)

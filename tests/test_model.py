@@ -290,12 +290,31 @@ def test_cached_logits_are_the_full_ones():
     torch.testing.assert_close(model.head(torch.cat(parts, 1)), full, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('rows', [1, 2, 5])
 @torch.no_grad()
-def test_the_head_of_few_rows_is_the_head():
-    model = make()
-    for rows in (1, 3, 4, 9):
-        x = torch.randn(rows, SIZES['n_embd'])
-        torch.testing.assert_close(model.head_of_few(x), model.head(x), atol=1e-5, rtol=1e-5)
+def test_what_generation_lends_a_linear_computes_the_same_and_is_taken_back(rows, bias):
+    model = make(bias=bias)
+    lent = model._packed(rows)
+    assert model.lm_head in lent and model.transformer.h[0].mlp.c_fc in lent
+    for linear, product in lent.items():
+        x = torch.randn(rows, 1, linear.in_features)
+        torch.testing.assert_close(product(x), linear(x), atol=1e-5, rtol=1e-5)
+    with model._lend({model.lm_head: lambda x: x[..., :7]}):
+        assert model.head(torch.zeros(rows, SIZES['n_embd'])).size(-1) == 7
+    assert model.head(torch.zeros(rows, SIZES['n_embd'])).size(-1) == model.config.vocab_size
+
+
+def test_weights_that_change_between_two_steps_of_generation_are_seen_by_everyone_else():
+    model, idx = make(), tokens(2, 4)
+    columns = model.generate(idx, 8, temperature=0)
+    next(columns)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+        fresh = make()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(idx)[0], fresh(idx)[0])
 
 
 def test_gradient_checkpointing_and_compilation_change_nothing():
