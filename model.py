@@ -1,14 +1,17 @@
 """
 Every architecture of nanoDrift in one file. `model_type` is branched on at three seams: attention, trunk and output.
 
-References:
-1) GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; shapes and names of
-   https://github.com/openai/gpt-2/blob/master/src/model.py
-2) Hugging Face's GPT2LMHeadModel, whose weights load here and whose logits these are.
+gpt2      GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; shapes and names of
+          https://github.com/openai/gpt-2/blob/master/src/model.py, logits those of Hugging Face's GPT2LMHeadModel
+dd        drift-diffusion attention; rotating: a rotary embedding of its own for every head; parallel: blocks in pairs;
+          duo: next-token and fill-in prediction in one pass: BluebrainAI, Parallel Transformer Models, 2025
+heat      heat-kernel attention: Curry, "Diffusion Attention: Replacing Softmax with Heat Kernel Dynamics", zenodo 18004600
+
+`published=True` gives a type as it was published where the default mends a flaw of it.
 """
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -17,9 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
 from machine import packed_linear
-from objectives import LOGITS_PER_CHUNK, get_objective
+from objectives import OBJECTIVES, get_objective
 
-MODEL_TYPES = ('gpt2',)
+MODEL_TYPES = tuple(OBJECTIVES)
+OPTIONS = {  # which options a model type has beyond those of all
+    'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
+    'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
+    'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
+}
+NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies')  # not matrices, though some have two dimensions
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
@@ -35,9 +44,29 @@ class GPTConfig:
     n_embd: int = option(768, 'channels, a multiple of n_head')
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data')
     bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster')
+    # options of one type
+    published: bool = option(False, 'dd, heat, duo: the form as published, flaws included')
+    apply_drift: bool = option(True, 'dd: y + d * y on the output y of attention, d learned')
+    apply_diffusion: bool = option(True, 'dd: Gaussian noise on the output of attention, in training')
+    baseline_each_head: bool = option(True, 'dd: a drift d for each head, or one per layer; published: a baseline or none')
+    diffusion_std: float = option(0.1, 'dd: standard deviation of the noise; published: where it starts')
+    heat_form: str = option('dot', 'heat: softmax of q.k / 2t, or of -|q-k|^2 / 4t', ('dot', 'distance'))
+    heat_t: str = option('depth', "heat: diffusion time, a number; 'depth': 0.28 * sqrt(4 / n_layer); 'adaptive': learned")
+    heat_t_min: float = option(0.1, 'heat: shortest adaptive time')
+    heat_t_max: float = option(10.0, 'heat: longest adaptive time')
+    rotating_head: str = option('lr', 'rotating: learned rates, or fixed ones in a geometric progression', ('lr', 'gp'))
+    use_norm: bool = option(False, 'rotating: LayerNorm over the rates of a head')
+    parallel_merge: str = option('mean', 'parallel: how two blocks become one', ('mean', 'add', 'concat'))
+    duo_fill_weight: float = option(1.0, 'duo: weight of the fill-in loss; 0 trains exactly gpt2')
 
     def __post_init__(self):
         one_of('model_type', self.model_type, MODEL_TYPES)
+        for f in fields(self):
+            owners = [t for t in MODEL_TYPES if f.name in OPTIONS[t]]
+            if owners and self.model_type not in owners and getattr(self, f.name) != f.default:
+                raise UserError(f'{f.name} is an option of model_type {" and ".join(owners)}, not of {self.model_type}')
+            if f.metadata['choices']:
+                one_of(f.name, getattr(self, f.name), f.metadata['choices'])
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 1')
@@ -45,6 +74,32 @@ class GPTConfig:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1')
+        for name in ('diffusion_std', 'duo_fill_weight'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f'{name}={getattr(self, name)} must be at least 0')
+        if self.heat_t not in ('depth', 'adaptive') and not self.heat_time() > 0:
+            raise UserError(f'heat_t={self.heat_t} must be above 0')
+        if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
+            raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
+        head = self.n_embd // self.n_head
+        if self.model_type == 'rotating' and head % 2:
+            raise UserError(f'rotating turns coordinates in pairs: n_embd / n_head = {head} must be even')
+        if self.model_type == 'parallel' and self.n_layer % 2:
+            raise UserError(f'parallel runs blocks in pairs: n_layer={self.n_layer} must be even')
+
+    def heat_time(self):
+        """The diffusion time t, unless it is adaptive."""
+        if self.heat_t == 'depth':
+            return 0.28 * math.sqrt(4 / self.n_layer)
+        try:
+            return float(self.heat_t)
+        except ValueError:
+            raise UserError(f"heat_t={self.heat_t!r} is neither a number nor one of: depth, adaptive") from None
+
+    @property
+    def textless_ids(self):
+        """Ids after vocab_size that the embedding has and the logits have not: the mask of duo."""
+        return 1 if self.model_type == 'duo' else 0
 
 
 class KVCache:
@@ -71,25 +126,256 @@ class Linear(nn.Linear):
         return super().forward(x) if self.lent is None else self.lent(x)
 
 
+class _ScoreStatistics(torch.autograd.Function):
+    """
+    Of the scores s_ij = q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2.
+
+    q (N, Tq, D), k (N, Tk, D), the queries being the last Tq positions -> two tensors (N, Tq), float32. The scores live
+    a cache-sized piece at a time and are computed again in the backward pass, so that memory stays linear in T.
+    """
+
+    @staticmethod
+    def pieces(q, k, queries=128, scores=2 ** 19):
+        """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key is not seen yet.
+        Accelerators take all heads at once: they are slow at many small products."""
+        N, Tq, Tk = q.size(0), q.size(1), k.size(1)
+        n = max(1, scores // (min(queries, Tq) * Tk)) if q.device.type == 'cpu' else N
+        for start in range(0, Tq, queries):
+            rows = slice(start, min(start + queries, Tq))
+            R, end = rows.stop - start, Tk - Tq + rows.stop
+            future = torch.ones(R, R, dtype=torch.bool, device=q.device).triu_(1)
+            for i in range(0, N, n):
+                s = (q[i:i + n, rows] @ k[i:i + n, :end].mT).float()  # (n, R, end)
+                s[..., end - R:].masked_fill_(future, -math.inf)
+                yield slice(i, i + n), rows, slice(0, end), s
+
+    @staticmethod
+    def forward(ctx, q, k):
+        top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
+        best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
+        for heads, rows, _, s in _ScoreStatistics.pieces(q, k):
+            m, best[heads, rows] = s.max(-1)
+            e = s.sub_(m[..., None]).exp_()
+            z = e.sum(-1)
+            top[heads, rows], lse[heads, rows] = m, m + z.log()
+            purity[heads, rows] = torch.linalg.vecdot(e, e) / z.square()
+        ctx.save_for_backward(q, k, best, purity, lse)
+        return top, purity
+
+    @staticmethod
+    def backward(ctx, d_top, d_purity):
+        """With p = softmax(s): d top / d s is one-hot, d sum p^2 / d s_j = 2 p_j (p_j - sum p^2)."""
+        q, k, best, purity, lse = ctx.saved_tensors
+        dq, dk = torch.empty_like(q), torch.zeros_like(k)
+        for heads, rows, keys, s in _ScoreStatistics.pieces(q, k):
+            p = s.sub_(lse[heads, rows, None]).exp_()
+            ds = (p - purity[heads, rows, None]).mul_(p).mul_(2 * d_purity[heads, rows, None])
+            ds = ds.scatter_add_(-1, best[heads, rows, None], d_top[heads, rows, None]).to(q.dtype)
+            dq[heads, rows] = ds @ k[heads, keys]
+            dk[heads, keys] += ds.mT @ q[heads, rows]
+        return dq, dk
+
+
+class DiffusionTime(nn.Module):
+    """heat_t='adaptive': log t of each query from three statistics of the scores it sees, by an MLP that all heads share."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.published = config.published
+        self.log_min, self.log_max = math.log(config.heat_t_min), math.log(config.heat_t_max)
+        self.mlp = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
+
+    def start(self):
+        """t starts at sqrt(t_min t_max), whatever the scores."""
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.constant_(self.mlp[-1].bias, (self.log_min + self.log_max) / 2)
+
+    @torch.compiler.disable
+    def forward(self, q, k):
+        """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
+
+        published: the statistics are averaged over all queries, so that one t, (B, H, 1, 1), sees the future."""
+        B, H, Tq, D = q.shape
+        Tk = k.size(2)
+        q = q / math.sqrt(D)
+        top, purity = _ScoreStatistics.apply(q.flatten(0, 1), k.flatten(0, 1))
+        seen = torch.arange(Tk - Tq + 1, Tk + 1, device=q.device, dtype=torch.float32)  # keys that each query sees
+        mean = (q.float() * k.float().cumsum(2)[:, :, -Tq:]).sum(-1) / seen
+        variance = purity.view(B, H, Tq) / seen - 1 / seen.square()
+        statistics = torch.stack((mean, top.view(B, H, Tq), variance), dim=-1)  # (B, H, Tq, 3)
+        if self.published:
+            statistics = statistics.mean(2, keepdim=True)
+        return self.mlp(statistics).float().clamp(self.log_min, self.log_max).exp()
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns the i-th pair of coordinates of head h by position * frequencies[h, i]. RoPE: Su et al., arXiv 2104.09864."""
+
+    def __init__(self, config):
+        super().__init__()
+        H, D = config.n_head, config.n_embd // config.n_head
+        fixed = not config.use_norm
+        if config.rotating_head == 'lr':
+            self.frequencies, fixed = nn.Parameter(torch.randn(H, D // 2)), False
+        else:
+            rates = 10000.0 ** (-torch.arange(0, D, 2) / D)
+            self.register_buffer('frequencies', torch.logspace(0, -1, H)[:, None] * rates)  # heads from 1 to 0.1
+        self.layer_norm = nn.LayerNorm(D // 2) if config.use_norm else None
+        self.tables = None
+        if fixed:
+            self.register_buffer('cos', torch.empty(0), persistent=False)
+            self.register_buffer('sin', torch.empty(0), persistent=False)
+            self.cos, self.sin = self.angles(torch.arange(config.block_size))
+        self.fixed = fixed
+
+    def angles(self, positions):
+        """positions (T,) -> cosines and sines (H, T, D/2)."""
+        f = self.frequencies if self.layer_norm is None else self.layer_norm(self.frequencies)
+        angle = positions[:, None] * f[:, None].float()
+        return angle.cos(), angle.sin()
+
+    def forward(self, q, k, start):
+        """q, k (B, H, T, D), the first of them at position `start`."""
+        T = q.size(2)
+        if self.fixed:
+            cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
+        else:
+            cos, sin = self.angles(torch.arange(start, start + T, device=q.device))
+        return self.turn(q, cos, sin), self.turn(k, cos, sin)
+
+    @staticmethod
+    def turn(x, cos, sin):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def widen(x, *columns):
+    """x (..., D) with further coordinates, and zeros up to a multiple of eight, which fused attention on GPUs asks for."""
+    width = x.size(-1) + len(columns)
+    columns = [c.to(x.dtype).expand(*x.shape[:-1], 1) for c in columns]
+    return F.pad(torch.cat((x, *columns), dim=-1), (0, -width % 8))
+
+
+def high_and_low(x, dtype):
+    """float32 as two numbers of a shorter type whose sum it is."""
+    high = x.to(dtype)
+    return high, (x - high.float()).to(dtype)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
+        if config.model_type == 'dd':
+            self._build_drift_diffusion(config)
+        elif config.model_type == 'heat':
+            self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
+        elif config.model_type == 'rotating':
+            self.rope = RotaryEmbedding(config)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, ahead=None):
+        """x (B, T, C) -> (B, T, C). `ahead` is for duo: see `_masks`."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if self.config.model_type == 'rotating':
+            q, k = self.rope(q, k, 0 if cache is None else cache.length)
         if cache is not None:
             assert T == 1 or cache.length == 0, 'a cache is filled by one prompt, then by one token at a time'
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        if ahead is not None:
+            y = self._two_streams(q, k, v, ahead)
+        elif self.config.model_type == 'heat':
+            y = self._heat(q, k, v)
+        else:
+            y = self._attend(q, k, v)
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        if self.config.model_type == 'dd':
+            y = self._drift_diffusion(y)
+        y = y.reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def _attend(self, q, k, v, scale=None):
+        """Causal attention of q (B, H, Tq, D), which are the last of the positions of k, v (B, H, Tk, D)."""
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
+
+    # -- dd -------------------------------------------------------------------------------------------------------------
+
+    def _build_drift_diffusion(self, config):
+        """Parameters by their published names; shapes (H, D) as published, else one number per head or for all."""
+        H, D = config.n_head, config.n_embd // config.n_head
+        shape = (H, D) if config.published else (H, 1) if config.baseline_each_head else (1, 1)
+        if config.apply_drift:
+            self.drift_param = nn.Parameter(torch.randn(shape) * 0.02)
+            if config.published and config.baseline_each_head:
+                self.baseline = nn.Parameter(torch.randn(H, D) * 1e-3)
+        if config.apply_diffusion and config.published:
+            self.diffusion_param = nn.Parameter(torch.full((H, D), config.diffusion_std))
+
+    def _drift_diffusion(self, y):
+        """The output of attention, y (B, T, H, D), drifted, and in training diffused."""
+        c = self.config
+        if c.apply_drift and c.published:
+            y = y + self.drift_param.sigmoid() * (y - self.baseline if c.baseline_each_head else y)
+        elif c.apply_drift:
+            y = y * (1 + self.drift_param)
+        if c.apply_diffusion and self.training:
+            y = y + (self.diffusion_param if c.published else c.diffusion_std) * torch.randn_like(y)
+        return y
+
+    # -- heat -----------------------------------------------------------------------------------------------------------
+
+    def _heat(self, q, k, v):
+        """softmax(q.k / 2t), or softmax(-|q-k|^2 / 4t): |q|^2 is the same for all keys and cancels, and -|k|^2 / 2 is one
+        more coordinate of k that meets a 1 in q. The fused attention wants v as wide."""
+        D, one = q.size(-1), torch.ones((), device=q.device)
+        if self.time is None:
+            scale = 1 / (2 * self.config.heat_time())
+        else:
+            one, scale = (1 / (2 * self.time(q, k))).to(q.dtype), 1.0
+            q = q * one
+        if self.config.heat_form == 'dot':
+            return self._attend(q, k, v, scale)
+        halves = high_and_low(-k.float().square().sum(-1, keepdim=True) / 2, k.dtype)
+        y = self._attend(widen(q, one, one), widen(k, *halves), F.pad(v, (0, -(D + 2) % 8 + 2)), scale)
+        return y[..., :D]
+
+    # -- duo ------------------------------------------------------------------------------------------------------------
+
+    def _two_streams(self, q, k, v, ahead):
+        """Tokens and then masks, (B, H, T + T-1, D) -> the same. Tokens never look at masks.
+
+        The mask after token i attends to the tokens before i, to itself and to token i+1. The keys and values of the last
+        come from `ahead` (B, T-1, C), the embeddings of the tokens 2 to T through this layer's norm, which know nothing of
+        token i; published: from their hidden states, which have seen it.
+
+        The two extra keys of a mask enter the fused causal attention as one key before all others: its score is their
+        log-sum-exp, handed over in a further coordinate, and a further coordinate of the values tells the weight that it
+        got, which the two then share."""
+        B, H, D = q.size(0), q.size(1), q.size(3)
+        M = ahead.size(1)
+        (q, q_mask), (k, k_mask), (v, v_mask) = (x.split((M + 1, M), dim=2) for x in (q, k, v))
+        y = self._attend(q, k, v)
+        if self.config.published:
+            k_ahead, v_ahead = k[:, :, 1:], v[:, :, 1:]
+        else:
+            C = H * D
+            bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
+            k_ahead, v_ahead = F.linear(ahead, self.c_attn.weight[C:], bias).view(B, M, 2, H, D).permute(2, 0, 3, 1, 4)
+        q_mask = q_mask / math.sqrt(D)
+        scores = torch.stack([(q_mask * other).sum(-1, dtype=torch.float32) for other in (k_mask, k_ahead)], dim=-1)
+        together = high_and_low(scores.logsumexp(-1, keepdim=True), q.dtype)  # (B, H, T-1, 1)
+        shared = scores.softmax(-1).to(v.dtype)
+        zero, one = k.new_zeros(B, H, 1, D), torch.ones((), device=q.device)
+        keys = torch.cat((widen(zero, one, one), widen(k[:, :, :M - 1], 0 * one, 0 * one)), dim=2)
+        values = torch.cat((widen(zero, one, 0 * one), widen(v[:, :, :M - 1], 0 * one, 0 * one)), dim=2)
+        found = self._attend(widen(q_mask, *together), keys, values, scale=1.0)
+        extra = shared[..., :1] * v_mask + shared[..., 1:] * v_ahead
+        return torch.cat((y, found[..., :D] + found[..., D:D + 1] * extra), dim=2)
 
 
 class MLP(nn.Module):
@@ -115,8 +401,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, ahead=None):
+        x = x + self.attn(self.ln_1(x), cache, None if ahead is None else self.ln_1(ahead))
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -128,7 +414,7 @@ class GPT(nn.Module):
         self.config = config
         self.objective = get_objective(config)
         self.gradient_checkpointing = False
-        padded = self.padded_vocab_size(config.vocab_size)
+        padded = self.padded_vocab_size(config.vocab_size + config.textless_ids)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -137,6 +423,8 @@ class GPT(nn.Module):
         ))
         self.lm_head = Linear(config.n_embd, padded, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        if config.model_type == 'parallel' and config.parallel_merge == 'concat':
+            self.transformer.bottleneck = Linear(2 * config.n_embd, config.n_embd)
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -148,6 +436,8 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, DiffusionTime):  # after its parts: apply goes from the inside out
+            module.start()
 
     @staticmethod
     def padded_vocab_size(vocab_size):
@@ -158,29 +448,58 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self):
-        """Floating-point operations of forward and backward per token (PaLM, arXiv 2204.02311, appendix B)."""
+        """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
         c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        flops = 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        if c.model_type == 'duo' and c.duo_fill_weight:  # a mask for every token, and keys and values from embeddings
+            flops = 2 * flops + (0 if c.published else 6 * c.n_layer * 2 * c.n_embd ** 2)
+        return flops
 
     # -- forward --------------------------------------------------------------------------------------------------------
 
-    def trunk(self, idx, cache=None):
-        """Token ids (B, T) -> hidden states (B, T, C) after the final norm."""
+    def trunk(self, idx, cache=None, fill=False):
+        """Token ids (B, T) -> hidden states (B, T, C) after the final norm; with `fill`, which duo alone has, behind them
+        those of its masks, (B, T + T-1, C): one after every token but the last."""
         start = 0 if cache is None else cache.length
         T = idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} tokens do not fit block_size {self.config.block_size}'
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:start + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            if cache is not None:
-                x = block.forward(x, cache)  # never compiled: its lengths change at every step
-            elif self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        positions = self.transformer.wpe.weight[start:start + T]
+        x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
+        ahead = None
+        if fill and T > 1:
+            masks = (self.transformer.wte.weight[self.config.vocab_size] + positions[:-1]).expand(len(x), -1, -1)
+            ahead = x[:, 1:]
+            x = torch.cat((x, F.dropout(masks, self.config.dropout, self.training)), dim=1)
+        x = self._blocks(x, cache, ahead)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
+
+    def _blocks(self, x, cache, ahead):
+        h = self.transformer.h
+        if self.config.model_type != 'parallel':
+            for block in h:
+                x = self._run(block, x, cache, ahead)
+            return x
+        for left, right in zip(h[::2], h[1::2]):
+            x = self._merge(self._run(left, x, cache), self._run(right, x, cache))
+        return x
+
+    def _merge(self, left, right):
+        """parallel: what two blocks made of the same x -> x."""
+        how = self.config.parallel_merge
+        if how == 'mean':
+            return (left + right) / 2
+        if how == 'add':
+            return left + right
+        return self.transformer.bottleneck(torch.cat((left, right), dim=-1))
+
+    def _run(self, block, x, cache=None, ahead=None):
+        if cache is not None:
+            return block.forward(x, cache)  # never compiled: its lengths change at every step
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, x, None, ahead, use_reentrant=False)
+        return block(x, None, ahead)
 
     def head(self, x):
         """Hidden states (..., C) -> logits (..., vocab_size), the padding cut off."""
@@ -192,7 +511,7 @@ class GPT(nn.Module):
         With targets the logits are those of every position, (B, T, vocab_size); return_logits=False leaves them None
         and is faster by far where the vocabulary is large. Without targets: logits of the last position, (B, 1,
         vocab_size), and None."""
-        x = self.trunk(idx)
+        x = self.trunk(idx, fill=targets is not None and targets.size(1) > idx.size(1))
         if targets is None:
             return self.head(x[:, [-1]]), None
         if return_logits:
@@ -200,29 +519,26 @@ class GPT(nn.Module):
             return logits, self.objective.loss(logits, targets, weights)
         return None, self.objective.head_loss(x, self.lm_head.weight, self.config.vocab_size, targets, weights)
 
-    def metrics(self, idx, targets, weights=None):
-        """What evaluation sums over positions, {name: float64 scalar}; the logits are never held all at once."""
-        x = self.trunk(idx).flatten(0, -2)  # (N, C)
-        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        parts = zip(x.split(rows), targets.flatten().split(rows),
-                    [None] * len(x) if weights is None else weights.flatten().split(rows))
-        found = [self.objective.metrics(self.head(x), y, w) for x, y, w in parts]
-        return {name: sum(part[name] for part in found) for name in found[0]}
-
     def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
         seconds where the whole model takes a minute, and the head stays free to work in chunks."""
         for block in self.transformer.h:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
 
+    @property
+    def causal(self):
+        """Whether a later token changes nothing of an earlier one: the published adaptive heat looks ahead."""
+        c = self.config
+        return not (c.model_type == 'heat' and c.heat_t == 'adaptive' and c.published)
+
     # -- optimizer ------------------------------------------------------------------------------------------------------
 
     def decay_groups(self, weight_decay):
-        """Parameter groups for the optimizer: matrices and tables decay, biases and gains do not."""
-        decay = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
-        no_decay = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
-        trainable = sum(p.requires_grad for p in self.parameters())
-        assert len(decay) + len(no_decay) == trainable, 'every trainable parameter is in exactly one group'
+        """Parameter groups for the optimizer: matrices and tables decay, biases, gains and NO_DECAY do not."""
+        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        decay = [p for name, p in trainable.items() if p.dim() >= 2 and name.rpartition('.')[2] not in NO_DECAY]
+        no_decay = [p for name, p in trainable.items() if p.dim() < 2 or name.rpartition('.')[2] in NO_DECAY]
+        assert len(decay) + len(no_decay) == len(trainable), 'every trainable parameter is in exactly one group'
         return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
 
     # -- generation -----------------------------------------------------------------------------------------------------
@@ -236,7 +552,7 @@ class GPT(nn.Module):
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         idx = idx[:, -block_size:]
         cache, lent = None, self._packed(len(idx))
-        if use_cache:
+        if use_cache and self.causal:
             size = min(block_size, idx.size(1) + max_new_tokens)
             cache = KVCache(self.config, len(idx), size, idx.device, self._compute_dtype())
         fresh = idx

@@ -4,7 +4,8 @@ loss of hidden states against them. The training loop and the evaluator reach ev
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,16 @@ class Objective:
     make_batch: (tokens (B, window) int64, rng torch.Generator) -> X, Y, W; W is None or the loss weight of each target.
     head_loss: (x (B, T, C), head weight (Vp, C), vocab_size, Y, W) -> the mean loss, logits never held all at once.
     loss: (logits (B, T, V), Y, W) -> the same mean loss from logits.
-    metrics: (logits (N, V), Y (N,), W) -> {name: sum over the N positions, float64}, with 'count' the number counted.
+    metrics: (model, X, Y, W) -> {name: sum over positions, a float64 tensor of any shape}; sums of batches may be added.
+    summary: such sums -> {name: number}, what evaluation reports.
     window: block_size -> tokens that one example reads.
-    val_metric: which metric evaluation reports as val_loss and picks the best checkpoint by; smaller is better.
+    val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
     """
     make_batch: Callable
     head_loss: Callable
     loss: Callable
     metrics: Callable
+    summary: Callable
     window: Callable
     val_metric: str
 
@@ -114,7 +117,7 @@ def linear_cross_entropy(x, weight, vocab_size, targets, weights=None):
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def next_token_metrics(logits, targets, weights=None):
+def prediction_sums(logits, targets):
     """Sums over positions of cross entropy and of correct top-1 predictions. logits (N, V), targets (N,)."""
     counted = targets != IGNORE
     losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction='none')
@@ -123,12 +126,67 @@ def next_token_metrics(logits, targets, weights=None):
     return {name: values.cpu().double().sum() for name, values in sums.items()}  # not every device has float64
 
 
-NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entropy, loss=cross_entropy,
-                       metrics=next_token_metrics, window=lambda block_size: block_size + 1, val_metric='loss')
+def sum_in_chunks(model, x, targets, measure=prediction_sums):
+    """The sums that `measure` finds in the logits of hidden states x (B, T, C), which are never held all at once."""
+    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
+    found = [measure(model.head(x), y) for x, y in chunks]
+    return {name: sum(part[name] for part in found) for name in found[0]}
 
-OBJECTIVES = {'gpt2': NEXT_TOKEN}
+
+def next_token_metrics(model, X, Y, W=None):
+    """X, Y (B, T)."""
+    return sum_in_chunks(model, model.trunk(X), Y)
+
+
+def means(sums):
+    """Each sum divided by the count of its kind: 'fill_loss' by 'fill_count', 'loss' by 'count'."""
+    counts = {name: float(total) for name, total in sums.items() if name.endswith('count')}
+    kinds = {name: name.rpartition('_')[0] for name in sums if name not in counts}
+    return {name: float(sums[name]) / counts[f'{kind}_count' if kind else 'count'] for name, kind in kinds.items()}
+
+
+NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entropy, loss=cross_entropy,
+                       metrics=next_token_metrics, summary=means, window=lambda block_size: block_size + 1,
+                       val_metric='loss')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# duo: the next token, and the token that a mask stands for
+
+def duo_batch(tokens, rng, fill_weight):
+    """tokens (B, T+1) -> X (B, T); Y, W (B, 2T-1): the next token of all T, then of the T-1 masks the token they hide.
+
+    The weights, 1 and fill_weight, are divided by their mean, so that the loss is a mean over both kinds."""
+    X, following, _ = next_token_batch(tokens, rng)
+    Y = torch.cat((following, X[:, :-1]), dim=1)
+    W = torch.ones(Y.shape)
+    W[:, X.size(1):] = fill_weight
+    return X, Y, W / W.mean()
+
+
+def duo_metrics(model, X, Y, W=None):
+    """Next tokens and fill-ins apart, for only the first can be compared with other model types."""
+    x, T = model.trunk(X, fill=True), X.size(1)
+    fill = sum_in_chunks(model, x[:, T:], Y[:, T:])
+    return sum_in_chunks(model, x[:, :T], Y[:, :T]) | {f'fill_{name}': total for name, total in fill.items()}
+
+
+def next_token(config):
+    return NEXT_TOKEN
+
+
+def duo(config):
+    """Without weight on the masks there is nothing to learn from them: then it is `gpt2`, to the bit."""
+    if config.duo_fill_weight == 0:
+        return NEXT_TOKEN
+    return replace(NEXT_TOKEN, make_batch=partial(duo_batch, fill_weight=config.duo_fill_weight), metrics=duo_metrics)
+
+
+OBJECTIVES = {'gpt2': next_token, 'dd': next_token, 'heat': next_token, 'rotating': next_token, 'parallel': next_token,
+              'duo': duo}
 
 
 def get_objective(config):
     """The objective of a GPTConfig."""
-    return OBJECTIVES[one_of('model_type', config.model_type, OBJECTIVES)]
+    return OBJECTIVES[one_of('model_type', config.model_type, OBJECTIVES)](config)

@@ -382,35 +382,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split):
-        """Mean metrics over fixed windows of a split, {name: value}.
+        """{name: value} of the objective's metrics over fixed windows of a split.
 
         Batches are dealt to the ranks and summed in one order, so that any number of ranks gives the same number; no
         random state moves."""
         c, windows, model = self.config, self.windows[split], self.model
         batches = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
         batches = [batches[i:i + c.batch_size] for i in range(0, len(batches), c.batch_size)]
-        sums, names = None, None
+        sums = {}  # {number of the batch: {name: sum}}
         model.eval()
         for i in range(self.ranks.rank, len(batches), self.ranks.world_size):
             rng = torch.Generator().manual_seed(derive_seed(4, i))
-            X, Y, W = self._to_device(self.objective.make_batch(windows.read(batches[i]), rng))
+            batch = self._to_device(self.objective.make_batch(windows.read(batches[i]), rng))
             with autocast(self.ranks.device, self.dtype):
-                found = model.metrics(X, Y, W)
-            if sums is None:
-                names = list(found)
-                sums = torch.zeros(len(batches), len(names), dtype=torch.float64)
-            sums[i] = torch.stack([found[n] for n in names]).cpu()
+                sums[i] = {name: total.cpu() for name, total in self.objective.metrics(model, *batch).items()}
         model.train()
-        return self._reduce(sums, names, len(batches))
-
-    def _reduce(self, sums, names, count):
-        """{name: sum over all batches and ranks / positions counted} of float64 sums (batches, names)."""
-        names = next(n for n in self.ranks.gather(names) if n)
-        sums = torch.zeros(count, len(names), dtype=torch.float64) if sums is None else sums
-        totals = sum(self.ranks.gather(sums)).sum(0)
-        totals = dict(zip(names, totals.tolist()))
-        positions = totals.pop('count')
-        return {name: total / positions for name, total in totals.items()}
+        everyones = {i: found for rank in self.ranks.gather(sums) for i, found in rank.items()}
+        return self.objective.summary({name: sum(everyones[i][name] for i in sorted(everyones)) for name in everyones[0]})
 
     def say(self, line):
         if self.ranks.first:
