@@ -4,6 +4,7 @@ Speed and memory of training and of generation, alone or side by side with a nan
     python bench.py
     python bench.py --against=../nanoGPT --n_layer=12 --n_head=12 --n_embd=768 --batch_size=4
     python bench.py --against=../nanoGPT --part=loss --steps=300 --data=data/tinystories     do both learn the same?
+    python bench.py --part=types --vocab_size=256 --block_size=512                           what do the model types cost?
 
 Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
 machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
@@ -16,9 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError, build, option, read_values, run
 from data import Windows, derive_seed
@@ -33,7 +36,8 @@ SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': Fa
 class BenchConfig:
     """What to measure, and how often."""
     against: str = option('', 'path of a nanoGPT checkout to measure side by side')
-    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'", ('speed', 'train', 'generate', 'loss'))
+    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains one of each type",
+                       ('speed', 'train', 'generate', 'loss', 'types'))
     batch_size: int = option(16, 'examples per training step')
     streams: str = option('1,8', 'how many samples are generated together, one measurement for each')
     new_tokens: int = option(256, 'tokens generated per stream')
@@ -45,6 +49,15 @@ class BenchConfig:
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
     only: str = option('', "measure the memory of this side alone; bench.py calls itself with it", ('', 'ours', 'nanoGPT'))
+
+
+VARIANTS = {  # for --part=types: what differs from gpt2
+    'gpt2': {}, 'dd': {'model_type': 'dd'}, 'heat': {'model_type': 'heat'},
+    'heat distance': {'model_type': 'heat', 'heat_form': 'distance'},
+    'heat adaptive': {'model_type': 'heat', 'heat_t': 'adaptive'}, 'rotating lr': {'model_type': 'rotating'},
+    'rotating gp': {'model_type': 'rotating', 'rotating_head': 'gp'}, 'parallel': {'model_type': 'parallel'},
+    'duo': {'model_type': 'duo'}, 'duo dense': {'model_type': 'duo', 'published': True},
+}
 
 
 class Side:
@@ -119,6 +132,34 @@ def nanogpt_side(config, model_config, device, dtype):
             model.generate(prompt, count, 0.8, 200)
 
     return Side('nanoGPT', model, optimizer, step, generate)
+
+
+def dense_attention(attention, q, k, v, ahead):
+    """The published duo with all 2T-1 positions in one attention under a mask, to compare with: no leak mended, no work
+    saved."""
+    T = q.size(2) - ahead.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    to_tokens = causal[:T - 1].tril(-1) | torch.eye(T, dtype=torch.bool, device=q.device)[1:]
+    mask = torch.cat((F.pad(causal, (0, T - 1)), torch.cat((to_tokens, torch.eye(T - 1, device=q.device).bool()), 1)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def type_side(name, config, model_config, device, dtype):
+    """One of VARIANTS, stepped on its own objective's batches."""
+    side = our_side(config, replace(model_config, **VARIANTS[name]), device, dtype)
+    model, optimizer = side.model, side.optimizer
+    if name == 'duo dense':
+        for block in model.transformer.h:
+            block.attn._two_streams = partial(dense_attention, block.attn)
+
+    def step(X, Y):
+        tokens = torch.cat((X, Y[:, -1:]), dim=1)
+        batch = model.objective.make_batch(tokens.cpu(), torch.Generator())
+        with autocast(device, dtype):
+            _, loss = model(*(t if t is None else t.to(device) for t in batch), return_logits=False)
+        update(model, optimizer, loss)
+
+    return Side(name, model, optimizer, step, None)
 
 
 def batches(config, model_config, device, split='train'):
@@ -239,14 +280,20 @@ def report(title, times, tokens, unit_flops=None, peak=None):
         median = statistics.median(seconds)
         row = {'ms': round(median * 1e3, 2), 'ms_min': round(min(seconds) * 1e3, 2), 'ms_max': round(max(seconds) * 1e3, 2),
                'tokens_per_s': round(tokens / median, 1)}
-        line = f'  {name:<8} {row["ms"]:>10,.1f} ms [{row["ms_min"]:,.1f} to {row["ms_max"]:,.1f}] ' \
+        line = f'  {name:<14} {row["ms"]:>10,.1f} ms [{row["ms_min"]:,.1f} to {row["ms_max"]:,.1f}] ' \
                f'{row["tokens_per_s"]:>11,.1f} tokens/s'
         if peak:
             row['of_peak'] = round(unit_flops * tokens / median / peak, 3)
             line += f'  {row["of_peak"]:6.1%} of the matrix-product peak'
         print(line, flush=True)
         found[name] = row
-    if len(times) == 2:
+    if 'gpt2' in times:
+        for name, seconds in times.items():
+            ratios = [mine / base for mine, base in zip(seconds, times['gpt2'])]
+            found[name]['ratio'] = round(statistics.median(ratios), 3)
+            print(f'  {name:<14} takes {found[name]["ratio"]:.3f} times the time of gpt2 '
+                  f'[{min(ratios):.3f} to {max(ratios):.3f}, round by round]', flush=True)
+    elif len(times) == 2:
         ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanoGPT'])]
         found['ratio'] = round(statistics.median(ratios), 2)
         print(f'  ours is {found["ratio"]:.2f} times as fast [{min(ratios):.2f} to {max(ratios):.2f}, round by round]')
@@ -260,7 +307,11 @@ def main(argv):
     dtype = pick_dtype(config.dtype, device)
     makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
     names = [config.only] if config.only else ['ours'] + ['nanoGPT'] * bool(config.against)
-    sides = [makers[name](config, model_config, device, dtype) for name in names]
+    if config.part == 'types':
+        torch._dynamo.config.recompile_limit = 8 * len(VARIANTS)  # all of them compile the same code
+        sides = [type_side(name, config, model_config, device, dtype) for name in VARIANTS]
+    else:
+        sides = [makers[name](config, model_config, device, dtype) for name in names]
     if config.only:
         if config.part == 'generate':
             bench_generate(config, sides, device, streams=1)
@@ -276,6 +327,9 @@ def main(argv):
     result = {'peak_gflops': round(peak / 1e9, 1), 'dtype': dtype, 'device': str(device)}
     if config.part == 'loss':
         result['loss'] = bench_loss(config, c, sides, device)
+    if config.part == 'types':
+        times = bench_train(config, c, sides, device)
+        result['types'] = report('training step, in time per token of text', times, config.batch_size * c.block_size)
     if config.part in ('speed', 'train'):
         tokens = config.batch_size * c.block_size
         times = bench_train(config, c, sides, device)

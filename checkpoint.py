@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import asdict
 
 import torch
 
@@ -33,7 +34,7 @@ def save(out_dir, state, names):
             os.fsync(f.fileno())
         *others, final = [os.path.join(out_dir, FILES[name]) for name in names]
         for other in others:
-            _second_name(temporary, other)
+            second_name(temporary, other)
         os.replace(temporary, final)
     except (OSError, RuntimeError) as e:
         if os.path.exists(temporary):
@@ -57,10 +58,15 @@ def fall_back(out_dir):
     """Makes the best checkpoint of `out_dir` the last one too, if there is one."""
     best, last = (os.path.join(out_dir, FILES[name]) for name in ('best', 'last'))
     if os.path.exists(best):
-        _second_name(best, last)
+        second_name(best, last)
 
 
-def _second_name(path, name):
+def keep(out_dir, iter_num):
+    """Gives the last checkpoint of `out_dir` a name that no later one takes from it."""
+    second_name(os.path.join(out_dir, FILES['last']), os.path.join(out_dir, f'ckpt_{iter_num:06d}.pt'))
+
+
+def second_name(path, name):
     """Makes `name` the same file as `path`, in one step."""
     link = name + '.tmp'
     if os.path.exists(link):
@@ -120,19 +126,54 @@ def load_model(checkpoint, device='cpu'):
     return model.to(device).eval()
 
 
-def start_from(model, weights):
+def fitted(config, model_args):
+    """A copy of a GPTConfig, of its type and options, in the sizes that weights of these model arguments have.
+
+    The context may be shorter: positions can be cut off."""
+    shape = {k: model_args[k] for k in ('n_layer', 'n_head', 'n_embd', 'n_inner', 'bias') if k in model_args}
+    shape['block_size'] = min(config.block_size, model_args['block_size'])
+    return GPTConfig(**asdict(config) | shape)
+
+
+def start_from(model, weights, rows=None):
     """Copies `weights` (a state dict) into a model of maybe another type; returns the names that start fresh.
 
-    Only parameters that the other type does not have may start fresh; anything else that does not fit is an error."""
-    own = model.state_dict()
+    `rows` is how many rows of the token table have been trained, vocab_size where nothing is said. What may be missing is
+    what the type has and GPT-2 has not, and only all of it. Raises UserError naming any other weight that is missing, not
+    known here or of another shape."""
+    own, weights, fresh = model.state_dict(), dict(weights), []
+    rows = model.config.vocab_size if rows is None else rows
+    table, positions = 'transformer.wte.weight', 'transformer.wpe.weight'
+    if table in weights and weights[table].shape[1:] == own[table].shape[1:]:
+        known = model.config.vocab_size + model.config.textless_ids
+        both = min(len(weights[table]), len(own[table]))
+        new = torch.cat((weights[table][:both].to(own[table]), own[table][both:]))
+        new[rows:known] = own[table][rows:known]
+        weights[table] = weights['lm_head.weight'] = new
+        fresh = [f'{table}[{row}] (an id without text)' for row in range(rows, known)]
+    if positions in weights:
+        weights[positions] = weights[positions][:model.config.block_size]
     for name, tensor in weights.items():
         if name not in own:
             raise UserError(f'the weights hold {name}, which this model does not have')
         if tensor.shape != own[name].shape:
-            raise UserError(f'{name} has shape {tuple(tensor.shape)} in the weights, {tuple(own[name].shape)} here')
-    fresh = [name for name in own if name not in weights]
+            raise UserError(f'{name} has shape {tuple(tensor.shape)} in the weights, {tuple(own[name].shape)} here; '
+                            "the options of the model's type must be those of the weights (--published=True, say)")
+    missing = [name for name in own if name not in weights]
+    typical = own_names(model)
+    wrong = [name for name in missing if name not in typical or len(missing) < len(typical)]
+    if wrong:
+        raise UserError(f'the weights lack {wrong[0]}' + f' and {len(wrong) - 1} more' * (len(wrong) > 1))
     model.load_state_dict(weights, strict=False)
-    return fresh
+    return fresh + missing
+
+
+def own_names(model):
+    """The names in a model's state dict that a GPT-2 of its sizes does not have."""
+    sizes = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'bias')
+    with torch.device('meta'):
+        plain = GPT(GPTConfig(**{name: getattr(model.config, name) for name in sizes}))
+    return set(model.state_dict()) - set(plain.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,12 +226,10 @@ def load_hf(name):
     if config.get('model_type') != 'gpt2':
         raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
     changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]
-    if config.get('n_inner') not in (None, 4 * config['n_embd']):
-        changed.append('n_inner')
     if changed:
         raise UserError(f'hf:{name} changes GPT-2 itself ({", ".join(changed)}); plain GPT-2 can be loaded')
     model_args = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'],
-                      n_head=config['n_head'], n_embd=config['n_embd'], bias=True)
+                      n_head=config['n_head'], n_embd=config['n_embd'], n_inner=config.get('n_inner') or 0, bias=True)
     weights = {}
     for key, tensor in _hf_tensors(name).items():
         key = 'transformer.' + key.removeprefix('transformer.')

@@ -55,19 +55,22 @@ class Windows:
     Examples of `window` tokens of one .bin file, `stride` apart.
 
     order 'epoch': every example once per epoch, each epoch in a seeded order of its own. 'random': uniform offsets.
+    `limit`, where it is not 0, is how many tokens of the file are used.
     Raises UserError where the file holds less than one window.
     """
 
-    def __init__(self, path, dtype, window, stride, order='epoch', seed=0):
+    def __init__(self, path, dtype, window, stride, order='epoch', seed=0, limit=0):
         self.dtype, self.window, self.stride, self.seed = np.dtype(dtype).newbyteorder('<'), window, stride, seed
         self.order = one_of('data_order', order, ORDERS)
         if not os.path.isfile(path):
             raise UserError(f'{path} is missing: prepare the data set again')
         self.file = open(path, 'rb', buffering=0)  # read piece by piece: a mapping would count as memory in use
         self.tokens = os.path.getsize(path) // self.dtype.itemsize
+        if limit:
+            self.tokens = min(self.tokens, limit)
         if self.tokens < window:
-            raise UserError(f'{path} has {self.tokens} tokens, fewer than one window of {window}: '
-                            'lower --block_size or prepare more text')
+            raise UserError(f'{path} gives {self.tokens} tokens, fewer than one window of {window}: '
+                            'lower --block_size, or take or prepare more text')
 
     def __len__(self):
         return (self.tokens - self.window) // self.stride + 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
@@ -42,6 +43,7 @@ class GPTConfig:
     n_layer: int = option(12, 'blocks')
     n_head: int = option(12, 'attention heads per block')
     n_embd: int = option(768, 'channels, a multiple of n_head')
+    n_inner: int = option(0, 'channels inside the MLP; 0 means 4 * n_embd')
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data')
     bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster')
     # options of one type
@@ -70,6 +72,8 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+        if self.n_inner < 0:
+            raise UserError(f'n_inner={self.n_inner} must be at least 0')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
@@ -126,54 +130,76 @@ class Linear(nn.Linear):
         return super().forward(x) if self.lent is None else self.lent(x)
 
 
-class _ScoreStatistics(torch.autograd.Function):
+def score_pieces(q, k, queries=128, scores=2 ** 19):
+    """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key is not seen yet: a
+    cache-sized piece at a time on a CPU; all heads at once on accelerators, which are slow at many small products."""
+    N, Tq, Tk = q.size(0), q.size(1), k.size(1)
+    n = max(1, scores // (min(queries, Tq) * Tk)) if q.device.type == 'cpu' else N
+    for start in range(0, Tq, queries):
+        rows = slice(start, min(start + queries, Tq))
+        R, end = rows.stop - start, Tk - Tq + rows.stop
+        future = torch.ones(R, R, dtype=torch.bool, device=q.device).triu_(1)
+        for i in range(0, N, n):
+            s = (q[i:i + n, rows] @ k[i:i + n, :end].mT).float()  # (n, R, end)
+            s[..., end - R:].masked_fill_(future, -math.inf)
+            yield slice(i, i + n), rows, slice(0, end), s
+
+
+@torch.library.custom_op('nanodrift::score_statistics', mutates_args=())
+def score_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Of the scores s_ij = q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2.
+    Of the scores s_ij = q_i . k_j that a query sees, j <= i: their maximum, sum_j softmax(s_i)_j^2, log-sum-exp and argmax.
 
-    q (N, Tq, D), k (N, Tk, D), the queries being the last Tq positions -> two tensors (N, Tq), float32. The scores live
-    a cache-sized piece at a time and are computed again in the backward pass, so that memory stays linear in T.
+    q (N, Tq, D), k (N, Tk, D), the queries being the last Tq positions -> four tensors (N, Tq). Memory is linear in T: the
+    scores are gone after use and computed again in the backward pass. Gradients flow through the first two. An operator
+    of its own, for torch.compile would unroll the loop.
     """
+    top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
+    best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
+    for heads, rows, _, s in score_pieces(q, k):
+        m, best[heads, rows] = s.max(-1)
+        e = s.sub_(m[..., None]).exp_()
+        z = e.sum(-1)
+        top[heads, rows], lse[heads, rows] = m, m + z.log()
+        purity[heads, rows] = torch.linalg.vecdot(e, e) / z.square()
+    return top, purity, lse, best
 
-    @staticmethod
-    def pieces(q, k, queries=128, scores=2 ** 19):
-        """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key is not seen yet.
-        Accelerators take all heads at once: they are slow at many small products."""
-        N, Tq, Tk = q.size(0), q.size(1), k.size(1)
-        n = max(1, scores // (min(queries, Tq) * Tk)) if q.device.type == 'cpu' else N
-        for start in range(0, Tq, queries):
-            rows = slice(start, min(start + queries, Tq))
-            R, end = rows.stop - start, Tk - Tq + rows.stop
-            future = torch.ones(R, R, dtype=torch.bool, device=q.device).triu_(1)
-            for i in range(0, N, n):
-                s = (q[i:i + n, rows] @ k[i:i + n, :end].mT).float()  # (n, R, end)
-                s[..., end - R:].masked_fill_(future, -math.inf)
-                yield slice(i, i + n), rows, slice(0, end), s
 
-    @staticmethod
-    def forward(ctx, q, k):
-        top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
-        best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
-        for heads, rows, _, s in _ScoreStatistics.pieces(q, k):
-            m, best[heads, rows] = s.max(-1)
-            e = s.sub_(m[..., None]).exp_()
-            z = e.sum(-1)
-            top[heads, rows], lse[heads, rows] = m, m + z.log()
-            purity[heads, rows] = torch.linalg.vecdot(e, e) / z.square()
-        ctx.save_for_backward(q, k, best, purity, lse)
-        return top, purity
+@torch.library.custom_op('nanodrift::score_statistics_backward', mutates_args=())
+def score_statistics_backward(q: Tensor, k: Tensor, best: Tensor, purity: Tensor, lse: Tensor, d_top: Tensor,
+                              d_purity: Tensor) -> tuple[Tensor, Tensor]:
+    """With p = softmax(s): d top / d s is one-hot, d sum p^2 / d s_j = 2 p_j (p_j - sum p^2)."""
+    dq, dk = torch.empty_like(q), torch.zeros_like(k)
+    for heads, rows, keys, s in score_pieces(q, k):
+        p = s.sub_(lse[heads, rows, None]).exp_()
+        ds = (p - purity[heads, rows, None]).mul_(p).mul_(2 * d_purity[heads, rows, None])
+        ds = ds.scatter_add_(-1, best[heads, rows, None], d_top[heads, rows, None]).to(q.dtype)
+        dq[heads, rows] = ds @ k[heads, keys]
+        dk[heads, keys] += ds.mT @ q[heads, rows]
+    return dq, dk
 
-    @staticmethod
-    def backward(ctx, d_top, d_purity):
-        """With p = softmax(s): d top / d s is one-hot, d sum p^2 / d s_j = 2 p_j (p_j - sum p^2)."""
-        q, k, best, purity, lse = ctx.saved_tensors
-        dq, dk = torch.empty_like(q), torch.zeros_like(k)
-        for heads, rows, keys, s in _ScoreStatistics.pieces(q, k):
-            p = s.sub_(lse[heads, rows, None]).exp_()
-            ds = (p - purity[heads, rows, None]).mul_(p).mul_(2 * d_purity[heads, rows, None])
-            ds = ds.scatter_add_(-1, best[heads, rows, None], d_top[heads, rows, None]).to(q.dtype)
-            dq[heads, rows] = ds @ k[heads, keys]
-            dk[heads, keys] += ds.mT @ q[heads, rows]
-        return dq, dk
+
+@score_statistics.register_fake
+def _(q, k):
+    numbers = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return numbers, torch.empty_like(numbers), torch.empty_like(numbers), torch.empty_like(numbers, dtype=torch.int64)
+
+
+@score_statistics_backward.register_fake
+def _(q, k, best, purity, lse, d_top, d_purity):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    _, purity, lse, best = output
+    ctx.save_for_backward(*inputs, best, purity, lse)
+
+
+def _backward(ctx, d_top, d_purity, *_):
+    return score_statistics_backward(*ctx.saved_tensors, d_top.contiguous(), d_purity.contiguous())
+
+
+score_statistics.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 class DiffusionTime(nn.Module):
@@ -190,7 +216,6 @@ class DiffusionTime(nn.Module):
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.constant_(self.mlp[-1].bias, (self.log_min + self.log_max) / 2)
 
-    @torch.compiler.disable
     def forward(self, q, k):
         """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
 
@@ -198,14 +223,17 @@ class DiffusionTime(nn.Module):
         B, H, Tq, D = q.shape
         Tk = k.size(2)
         q = q / math.sqrt(D)
-        top, purity = _ScoreStatistics.apply(q.flatten(0, 1), k.flatten(0, 1))
+        top, purity, *_ = score_statistics(q.flatten(0, 1), k.flatten(0, 1))
         seen = torch.arange(Tk - Tq + 1, Tk + 1, device=q.device, dtype=torch.float32)  # keys that each query sees
         mean = (q.float() * k.float().cumsum(2)[:, :, -Tq:]).sum(-1) / seen
         variance = purity.view(B, H, Tq) / seen - 1 / seen.square()
         statistics = torch.stack((mean, top.view(B, H, Tq), variance), dim=-1)  # (B, H, Tq, 3)
         if self.published:
             statistics = statistics.mean(2, keepdim=True)
-        return self.mlp(statistics).float().clamp(self.log_min, self.log_max).exp()
+        t = self.mlp(statistics).float().clamp(self.log_min, self.log_max).exp()
+        if not self.training:
+            self.last = t.detach().mean()  # for the log
+        return t
 
 
 class RotaryEmbedding(nn.Module):
@@ -383,8 +411,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd, inner, bias=config.bias)
+        self.c_proj = Linear(inner, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
 
     def forward(self, x):

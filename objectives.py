@@ -22,7 +22,7 @@ class Objective:
     make_batch: (tokens (B, window) int64, rng torch.Generator) -> X, Y, W; W is None or the loss weight of each target.
     head_loss: (x (B, T, C), head weight (Vp, C), vocab_size, Y, W) -> the mean loss, logits never held all at once.
     loss: (logits (B, T, V), Y, W) -> the same mean loss from logits.
-    metrics: (model, X, Y, W) -> {name: sum over positions, a float64 tensor of any shape}; sums of batches may be added.
+    metrics: (model, X, Y, W) -> {name: sum over positions, a float64 tensor of any shape}, which `add` adds up.
     summary: such sums -> {name: number}, what evaluation reports.
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
@@ -130,8 +130,17 @@ def sum_in_chunks(model, x, targets, measure=prediction_sums):
     """The sums that `measure` finds in the logits of hidden states x (B, T, C), which are never held all at once."""
     rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
-    found = [measure(model.head(x), y) for x, y in chunks]
-    return {name: sum(part[name] for part in found) for name in found[0]}
+    return add([measure(model.head(x), y) for x, y in chunks])
+
+
+def add(parts):
+    """One {name: sum} of several; what is called '..._min' or '..._max' is the least or the greatest of them."""
+    together = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        extreme = {'min': min, 'max': max}.get(name.rpartition('_')[2])
+        together[name] = extreme(values) if extreme else sum(values)
+    return together
 
 
 def next_token_metrics(model, X, Y, W=None):
@@ -141,9 +150,13 @@ def next_token_metrics(model, X, Y, W=None):
 
 def means(sums):
     """Each sum divided by the count of its kind: 'fill_loss' by 'fill_count', 'loss' by 'count'."""
-    counts = {name: float(total) for name, total in sums.items() if name.endswith('count')}
-    kinds = {name: name.rpartition('_')[0] for name in sums if name not in counts}
-    return {name: float(sums[name]) / counts[f'{kind}_count' if kind else 'count'] for name, kind in kinds.items()}
+    kinds = [name.removesuffix('count') for name in sums if name.endswith('count')]
+    found = {}
+    for name in sums:
+        kind = max((k for k in kinds if name.startswith(k)), key=len)
+        if name != f'{kind}count':
+            found[name] = float(sums[name]) / float(sums[f'{kind}count'])
+    return found
 
 
 NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entropy, loss=cross_entropy,

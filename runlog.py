@@ -56,9 +56,8 @@ class RunLog:
 
     def _write(self, entry):
         entry = {'iter': self.trainer.iter_num, **entry}
-        valid = {k: v if math.isfinite(v) else None for k, v in entry.items()}  # JSON knows no infinity
         try:
-            self.file.write((json.dumps(valid) + '\n').encode())
+            self.file.write((json.dumps(finite(entry)) + '\n').encode())
         except OSError as e:
             raise UserError(f'cannot write to {self.file.name}: {e.strerror}; the checkpoints are untouched') from None
         if self.wandb:
@@ -90,7 +89,8 @@ class RunLog:
             metrics['val_bits_per_byte'] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
         self._write(metrics)
         self.trainer.say(f'iter {self.trainer.iter_num}: ' +
-                         ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()))
+                         ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()
+                                   if isinstance(value, float)))
 
     def close(self):
         self.bar.close()
@@ -100,6 +100,15 @@ class RunLog:
                 self.wandb.finish()
             except Exception as e:
                 self.trainer.say(f'wandb did not finish: {e}')
+
+
+def finite(value):
+    """`value` with None for what JSON does not know: infinities and what is not a number."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value if math.isfinite(value) else None
 
 
 def start_wandb(trainer):

@@ -25,6 +25,7 @@ from configurator import UserError, build, option, read_values, run
 from data import ORDERS, Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from model import GPT, GPTConfig
+from objectives import add
 from prepare import load_meta
 from runlog import RunLog
 
@@ -41,6 +42,7 @@ class TrainConfig:
     # evaluation and log
     eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each')
     eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes all of validation')
+    keep_every: int = option(0, 'iterations between checkpoints that are kept, as ckpt_000500.pt; 0 keeps none')
     eval_only: bool = option(False, 'evaluate once, print, and stop')
     log_interval: int = option(10, 'iterations between lines of the log')
     # data
@@ -48,6 +50,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, 'micro-batches per iteration, over all ranks together')
     data_order: str = option('epoch', "'epoch': every block once per epoch; 'random': random windows", ORDERS)
     stride: int = option(0, 'tokens from one block to the next; 0 means block_size, less gives overlapping blocks')
+    max_tokens: int = option(0, 'use so many tokens of the training text, and a tenth for validation; 0 uses all')
     seed: int = option(1337, 'of initialisation, dropout and data order')
     # optimizer
     max_iters: int = option(5000, 'iterations of training')
@@ -78,9 +81,10 @@ class TrainConfig:
     wandb_run_name: str = option('', 'wandb run name; empty is the name of out_dir')
 
     def __post_init__(self):
-        at_least = dict(eval_interval=1, eval_iters=0, log_interval=1, batch_size=1, gradient_accumulation_steps=1,
-                        stride=0, max_iters=1, num_epochs=0, learning_rate=0, weight_decay=0, grad_clip=0, min_lr=0,
-                        warmup_iters=0, warmup_ratio=0, warmup_epochs=0, lr_decay_iters=0, ddp_timeout=1)
+        at_least = dict(eval_interval=1, eval_iters=0, keep_every=0, log_interval=1, batch_size=1,
+                        gradient_accumulation_steps=1, stride=0, max_tokens=0, max_iters=1, num_epochs=0, learning_rate=0,
+                        weight_decay=0, grad_clip=0, min_lr=0, warmup_iters=0, warmup_ratio=0, warmup_epochs=0,
+                        lr_decay_iters=0, ddp_timeout=1)
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}, and finite')
@@ -126,9 +130,9 @@ class Schedule:
 class Trainer:
     """One run: model, optimizer, data and log, and the loop over them.
 
-    `resumed` is the checkpoint that the run goes on from, or None."""
+    `resumed` is the checkpoint that the run goes on from, or None; `objective` takes the place of the model's own."""
 
-    def __init__(self, config, model_config, ranks, resumed=None):
+    def __init__(self, config, model_config, ranks, resumed=None, objective=None):
         self.config, self.ranks = config, ranks
         if config.gradient_accumulation_steps % ranks.world_size:
             raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
@@ -143,7 +147,7 @@ class Trainer:
         if ranks.device.type == 'cuda':
             torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
         self.model = self._build_model(model_config, resumed)
-        self.objective = self.model.objective
+        self.objective = objective or self.model.objective
         self.windows = {split: self._windows(split) for split in ('train', 'val')}
         self.examples_per_iter = config.batch_size * config.gradient_accumulation_steps
         self.schedule = Schedule(config, len(self.windows['train']) / self.examples_per_iter)
@@ -164,7 +168,8 @@ class Trainer:
         c, path = self.config, os.path.join(self.config.data_dir, self.config.dataset, f'{split}.bin')
         block_size = self.model.config.block_size
         stride = c.stride if split == 'train' and c.stride else block_size
-        return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed)
+        limit = c.max_tokens if split == 'train' else c.max_tokens // 10
+        return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed, limit)
 
     def _build_model(self, model_config, resumed):
         """A new model, one with another's weights, or an empty one for a checkpoint's."""
@@ -174,40 +179,41 @@ class Trainer:
             refuse_changes(resumed, model_config, self.meta)
         weights = None
         if c.init_from not in ('scratch', 'resume'):
-            model_args, weights = self._other_weights()
-            shape = {k: model_args[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
-            shape['block_size'] = min(model_config.block_size, model_args['block_size'])  # positions can be cut off
-            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:shape['block_size']]
-            changed = [f'{k}={v}' for k, v in shape.items() if getattr(model_config, k) != v]
+            model_args, weights, rows = self._other_weights(model_config)
+            asked, model_config = model_config, checkpoint.fitted(model_config, model_args)
+            changed = [f'{k}={v}' for k, v in asdict(model_config).items() if getattr(asked, k) != v]
             self.say(f'taken from {c.init_from}: {", ".join(changed) or "nothing but weights"}')
-            model_config = GPTConfig(**asdict(model_config) | shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
             model = GPT(model_config)
         if weights is not None:
-            fresh = checkpoint.start_from(model, weights)
+            fresh = checkpoint.start_from(model, weights, rows)
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         model.gradient_checkpointing = c.gradient_checkpointing
         return model.to(self.ranks.device)
 
-    def _other_weights(self):
-        """-> model arguments and weights of --init_from=hf:NAME or --init_from=DIR, for the same vocabulary as the data."""
+    def _other_weights(self, model_config):
+        """-> model arguments and weights of --init_from=hf:NAME or --init_from=DIR, for the same vocabulary as the data,
+        and how many ids those weights know."""
         c = self.config
         if c.init_from.startswith('hf:'):
             model_args, weights = checkpoint.load_hf(c.init_from.removeprefix('hf:'))
+            rows = model_args['vocab_size']
             self.parents = [c.init_from]
         elif os.path.isdir(c.init_from):
             source = checkpoint.load(checkpoint.find(c.init_from))
             refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
             model_args, weights = source['model_args'], source['model']
+            rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
             self.parents = [source['run_id'], *source['parents']]
         else:
             raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
                             "'hf:NAME_OR_FOLDER' (hf:gpt2, say)")
-        if model_args['vocab_size'] != self.meta['vocab_size']:
-            raise UserError(f"{c.init_from} has a vocabulary of {model_args['vocab_size']}, the data set one of "
-                            f"{self.meta['vocab_size']}: prepare the data with the tokenizer of the weights")
-        return model_args, weights
+        known = self.meta['vocab_size']
+        if rows not in (known, known + model_config.textless_ids):
+            raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '
+                            'the tokenizer of the weights')
+        return model_args, weights, rows
 
     def _wrap(self, model):
         if self.config.compile and compiler_works(self.ranks.device):
@@ -264,6 +270,8 @@ class Trainer:
             if self.best_val_loss == math.inf:
                 checkpoint.forget_best(self.config.out_dir)  # of an earlier run in this folder
             checkpoint.save(self.config.out_dir, self.state(random_states), names)
+            if self._keeps():
+                checkpoint.keep(self.config.out_dir, self.iter_num)
         self.saved_iter = self.iter_num
 
     # -- the loop -------------------------------------------------------------------------------------------------------
@@ -275,6 +283,8 @@ class Trainer:
         while True:
             if self._evaluation_due():
                 self._checkpoint_and_evaluate()
+            elif self._keeps() and self.saved_iter != self.iter_num:
+                self.save('last')
             if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
                 break
             self._step()
@@ -289,6 +299,9 @@ class Trainer:
             return True
         at_interval = self.iter_num % self.config.eval_interval == 0 or self.iter_num >= self.schedule.max_iters
         return at_interval and self.evaluated_iter != self.iter_num
+
+    def _keeps(self):
+        return self.config.keep_every and self.iter_num and self.iter_num % self.config.keep_every == 0
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
@@ -398,7 +411,7 @@ class Trainer:
                 sums[i] = {name: total.cpu() for name, total in self.objective.metrics(model, *batch).items()}
         model.train()
         everyones = {i: found for rank in self.ranks.gather(sums) for i, found in rank.items()}
-        return self.objective.summary({name: sum(everyones[i][name] for i in sorted(everyones)) for name in everyones[0]})
+        return self.objective.summary(add([everyones[i] for i in sorted(everyones)]))
 
     def say(self, line):
         if self.ranks.first:

@@ -37,8 +37,8 @@ def tokens(B, T, vocab_size=SIZES['vocab_size'], seed=1):
 @pytest.fixture(scope='module')
 def hf_model():
     torch.manual_seed(3)
-    config = transformers.GPT2Config(n_positions=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32, resid_pdrop=0.0,
-                                     embd_pdrop=0.0, attn_pdrop=0.0)
+    config = transformers.GPT2Config(n_positions=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32, n_inner=96,
+                                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -89,8 +89,8 @@ def test_hf_folders_that_are_not_gpt2_are_refused_by_name(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='model.safetensors'):
         checkpoint.load_hf(str(tmp_path))
-    (tmp_path / 'config.json').write_text(json.dumps(config | {'n_inner': 5}))
-    with pytest.raises(UserError, match='n_inner'):
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'layer_norm_epsilon': 1e-3}))
+    with pytest.raises(UserError, match='layer_norm_epsilon'):
         checkpoint.load_hf(str(tmp_path))
 
 

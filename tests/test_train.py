@@ -317,7 +317,7 @@ def test_starting_from_another_run(tiny, model_type):
     config, model_config = tiny(model_type=model_type)
     train.train(config, model_config)
     parent = load(config.out_dir, 'best')
-    child, child_model = tiny(out_dir='child', model_type=model_type, init_from=config.out_dir, n_layer=5)
+    child, child_model = tiny(out_dir='child', model_type=model_type, init_from=config.out_dir, n_layer=6)
     trainer = Trainer(child, child_model, Ranks())
     assert_same(dict(trainer.model.state_dict()), dict(parent['model']))
     assert trainer.iter_num == 0 and not trainer.optimizer.state and trainer.model.config.n_layer == 2

@@ -1,0 +1,199 @@
+"""
+The heat-kernel attention experiment: does a diffusion time other than the softmax's make a language model better calibrated?
+
+    python train_diffusion_attention.py --model=standard --dataset=wikitext-2 --max_tokens=500000
+    python train_diffusion_attention.py --model=diffusion_fixed --fixed_t=0.28 --dataset=data/mine_bpe4096
+
+The command line and the recipe of Curry, "Diffusion Attention" (zenodo 18004600), over the model and the loop of train.py.
+A run writes to log_dir/exp_name: config.json, metrics.jsonl, metrics.json, best_model.pt and final_model.pt; sample.py
+reads the folder, plot_results.py draws it. `--published=True` brings back the labels shifted twice, and the adaptive time
+that sees the future; `--stride=1`, the default, is the published overlap of the training windows.
+"""
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from calibration import calibration, calibration_sums
+from configurator import UserError, build, option, read_values, run
+from machine import setup_ranks
+from model import GPTConfig
+from objectives import IGNORE, NEXT_TOKEN, means, prediction_sums, sum_in_chunks
+from prepare import load_meta
+from tokenizer import tokenizer_from_meta
+from train import TrainConfig, Trainer
+
+MODELS = ('standard', 'diffusion_fixed', 'diffusion_adaptive')
+DATASETS = ('wikitext-2', 'wikitext-103')
+
+
+@dataclass
+class ExperimentConfig:
+    """The published command line."""
+    model: str = option('standard', 'softmax attention, or heat-kernel attention of a fixed or an adaptive time', MODELS)
+    fixed_t: float = option(1.0, 'the diffusion time of diffusion_fixed')
+    n_layers: int = option(4, 'blocks')
+    d_model: int = option(256, 'channels')
+    d_ff: int = option(1024, 'channels inside the MLP')
+    n_heads: int = option(4, 'attention heads per block')
+    dropout: float = option(0.1, 'dropout probability')
+    t_min: float = option(0.1, 'shortest adaptive time')
+    t_max: float = option(10.0, 'longest adaptive time')
+    published: bool = option(False, 'labels shifted twice and an adaptive time that sees the future, as published')
+    epochs: float = option(10.0, 'passes over the training windows')
+    max_iters: int = option(0, 'stop after so many steps, the schedule ending there; 0 goes by epochs')
+    max_tokens: int = option(0, 'training tokens, a tenth of it for validation; 0 uses all')
+    stride: int = option(1, 'tokens from one training window to the next; seq_len makes them disjoint')
+    batch_size: int = option(32, 'windows per step')
+    lr: float = option(3e-4, 'highest learning rate; cosine to a tenth of it')
+    seq_len: int = option(256, 'the context, in tokens')
+    dataset: str = option('wikitext-2', 'wikitext-2, wikitext-103, or the folder of a prepared data set')
+    data_dir: str = option('data', 'where wikitext-2 and wikitext-103 are')
+    ignore_text: str = option('', "leave the tokens of this text, ' <unk>' say, out of loss and metrics")
+    eval_interval: int = option(500, 'steps between evaluations')
+    eval_iters: int = option(50, 'batches per evaluation; 0 takes all of validation')
+    save_every: int = option(0, 'steps between checkpoints that are kept; 0 keeps the best and the final one')
+    exp_name: str = option('', 'folder of the run below log_dir; empty is the model and the time')
+    log_dir: str = option('logs', 'where the folders of the runs are')
+    resume: str = option('', 'folder of a run to go on with; its settings come from there')
+    seed: int = option(1337, 'of weights, dropout and data order')
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    compile: bool = option(True, 'torch.compile, where it works')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is learned and what is measured
+
+def shifted_batch(tokens, rng):
+    """tokens (B, T+2) -> X, Y (B, T) as published: at every position the token after the next one."""
+    return tokens[:, :-2].contiguous(), tokens[:, 2:].contiguous(), None
+
+
+def ignoring(make_batch, ids):
+    """`make_batch` with the targets that are part of this sequence of ids left out."""
+    def batch(tokens, rng):
+        X, Y, W = make_batch(tokens, rng)
+        n, hits = len(ids), torch.zeros(Y.shape, dtype=torch.bool)
+        found = (Y.unfold(1, n, 1) == torch.tensor(ids)).all(-1)  # where the sequence starts, (B, T-n+1)
+        for i in range(n):
+            hits[:, i:i + found.size(1)] |= found
+        return X, Y.masked_fill(hits, IGNORE), W
+    return batch
+
+
+def measure(model, X, Y, W, published):
+    """Loss and accuracy of what was learned; calibration against the next token, which as published is another one."""
+    x = model.trunk(X)
+    sums = sum_in_chunks(model, x, Y, prediction_sums)
+    following = Y
+    if published:
+        following = torch.cat((X[:, 1:], torch.full_like(X[:, :1], IGNORE)), dim=1)
+    scored = sum_in_chunks(model, x, following, calibration_sums)
+    times = {}
+    for block in model.transformer.h:
+        if getattr(block.attn, 'time', None) is not None:
+            times[f't_{block.attn.layer}'] = block.attn.time.last.cpu().double() * sums['count']
+    return sums | times | {f'scored_{name}': total for name, total in scored.items()}
+
+
+def summarize(sums):
+    scored = {name.removeprefix('scored_'): total for name, total in sums.items() if name.startswith('scored_')}
+    learned = means({name: total for name, total in sums.items() if not name.startswith('scored_')})
+    times = [learned.pop(name) for name in list(learned) if name.startswith('t_')]
+    found = learned | {'perplexity': float(torch.tensor(learned['loss']).exp())}
+    found |= {('scored_accuracy' if name == 'accuracy' else name): value for name, value in calibration(scored).items()}
+    return found | ({'diffusion_times': times} if times else {})
+
+
+def experiment_objective(config, tokenizer):
+    make_batch, window = NEXT_TOKEN.make_batch, NEXT_TOKEN.window
+    if config.published:
+        make_batch, window = shifted_batch, lambda block_size: block_size + 2
+    if config.ignore_text:
+        make_batch = ignoring(make_batch, tokenizer.encode(config.ignore_text))
+    return replace(NEXT_TOKEN, make_batch=make_batch, window=window, metrics=partial(measure, published=config.published),
+                   summary=summarize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+def model_config(c):
+    """The GPTConfig of an ExperimentConfig."""
+    sizes = dict(block_size=c.seq_len, n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.d_model, n_inner=c.d_ff,
+                 dropout=c.dropout)
+    if c.model == 'standard':
+        return GPTConfig(**sizes)
+    if c.model == 'diffusion_fixed':
+        return GPTConfig(model_type='heat', heat_t=str(c.fixed_t), **sizes)
+    if c.model == 'diffusion_adaptive':
+        return GPTConfig(model_type='heat', heat_t='adaptive', heat_t_min=c.t_min, heat_t_max=c.t_max,
+                         published=c.published, **sizes)
+    raise ValueError(f"model={c.model!r} is not one of: {', '.join(MODELS)}")
+
+
+def train_config(c):
+    """The TrainConfig of an ExperimentConfig: the published recipe."""
+    folder = os.path.join(c.data_dir, c.dataset) if c.dataset in DATASETS else os.path.normpath(c.dataset)
+    name = c.exp_name or f'{c.model}_{time.strftime("%Y%m%d_%H%M%S")}'
+    length = dict(max_iters=c.max_iters) if c.max_iters else dict(num_epochs=c.epochs)
+    return TrainConfig(
+        out_dir=c.resume or os.path.join(c.log_dir, name), init_from='resume' if c.resume else 'scratch',
+        data_dir=os.path.dirname(folder) or '.', dataset=os.path.basename(folder), **length, max_tokens=c.max_tokens,
+        stride=c.stride, batch_size=c.batch_size, learning_rate=c.lr, min_lr=c.lr / 10, weight_decay=0.01, beta2=0.999,
+        grad_clip=1.0, eval_interval=c.eval_interval, eval_iters=c.eval_iters, keep_every=c.save_every, seed=c.seed,
+        device=c.device, compile=c.compile)
+
+
+def finish(out_dir):
+    """The files that the published experiment leaves, from those of the loop."""
+    with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
+        entries = [json.loads(line) for line in f]
+    evaluations = [entry for entry in entries if 'val_loss' in entry]
+    names = dict.fromkeys(name for entry in evaluations for name in entry)
+    with open(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
+        json.dump({name: [entry.get(name) for entry in evaluations] for name in names}, f, indent=1)
+    checkpoint.second_name(checkpoint.find(out_dir, 'best'), os.path.join(out_dir, 'best_model.pt'))
+    checkpoint.second_name(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
+
+
+def read_settings(argv):
+    """-> ExperimentConfig. With --resume the settings are those of the run, but for what is given now."""
+    values, _ = read_values(argv, ExperimentConfig, description=__doc__)
+    if values.get('resume'):
+        path = os.path.join(values['resume'], 'experiment.json')
+        if not os.path.isfile(path):
+            raise UserError(f"resume={values['resume']!r} is not a run of this script: it holds no experiment.json")
+        with open(path, encoding='utf-8') as f:
+            values = json.load(f) | values
+    return build(values, ExperimentConfig)[0]
+
+
+def main(argv):
+    c = read_settings(argv)
+    config = train_config(c)
+    resumed = checkpoint.load(checkpoint.find(config.out_dir, 'last')) if c.resume else None
+    meta = load_meta(os.path.join(config.data_dir, config.dataset))
+    ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
+    try:
+        objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
+        trainer = Trainer(config, model_config(c), ranks, resumed, objective)
+        if ranks.first:
+            with open(os.path.join(config.out_dir, 'experiment.json'), 'w', encoding='utf-8') as f:
+                json.dump(asdict(c) | {'resume': ''}, f, indent=1)
+        code = trainer.train()
+        if ranks.first:
+            finish(config.out_dir)
+        return code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(main)
