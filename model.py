@@ -236,45 +236,76 @@ class DiffusionTime(nn.Module):
         return t
 
 
+@torch.library.custom_op('nanodrift::turn', mutates_args=())
+def turn(x: Tensor, table: Tensor) -> Tensor:
+    """Turns pairs of coordinates of x (B, H, T, D), taken as complex numbers, by table (H, T, D/2, 2) of cosines and sines.
+
+    An operator of its own: a product of complex numbers is one fast pass, which torch.compile does not generate."""
+    return _like(x).copy_(torch.view_as_real(_complex(x) * torch.view_as_complex(table)).flatten(-2))
+
+
+@torch.library.custom_op('nanodrift::turn_backward', mutates_args=())
+def turn_backward(x: Tensor, table: Tensor, grad: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+    grad = _complex(grad)
+    dx = _like(x).copy_(torch.view_as_real(grad * torch.view_as_complex(table).conj()).flatten(-2))
+    d_table = torch.view_as_real((_complex(x).conj() * grad).sum(0)) if learned else torch.zeros_like(table)
+    return dx, d_table
+
+
+def _complex(x):
+    return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+
+
+def _like(x):
+    """An empty (B, H, T, D) in the memory layout (B, T, H, D), which is that of what c_attn gives."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+@turn.register_fake
+def _(x, table):
+    return _like(x)
+
+
+@turn_backward.register_fake
+def _(x, table, grad, learned):
+    return _like(x), torch.empty_like(table)
+
+
+def _backward_of_turn(ctx, grad):
+    learned = ctx.needs_input_grad[1]
+    dx, d_table = turn_backward(*ctx.saved_tensors, grad.contiguous(), learned)
+    return dx, d_table if learned else None
+
+
+turn.register_autograd(_backward_of_turn, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 class RotaryEmbedding(nn.Module):
     """Turns the i-th pair of coordinates of head h by position * frequencies[h, i]. RoPE: Su et al., arXiv 2104.09864."""
 
     def __init__(self, config):
         super().__init__()
         H, D = config.n_head, config.n_embd // config.n_head
-        fixed = not config.use_norm
         if config.rotating_head == 'lr':
-            self.frequencies, fixed = nn.Parameter(torch.randn(H, D // 2)), False
+            self.frequencies = nn.Parameter(torch.randn(H, D // 2))
         else:
             rates = 10000.0 ** (-torch.arange(0, D, 2) / D)
             self.register_buffer('frequencies', torch.logspace(0, -1, H)[:, None] * rates)  # heads from 1 to 0.1
         self.layer_norm = nn.LayerNorm(D // 2) if config.use_norm else None
-        self.tables = None
-        if fixed:
-            self.register_buffer('cos', torch.empty(0), persistent=False)
-            self.register_buffer('sin', torch.empty(0), persistent=False)
-            self.cos, self.sin = self.angles(torch.arange(config.block_size))
-        self.fixed = fixed
+        fixed = config.rotating_head == 'gp' and not config.use_norm
+        self.register_buffer('table', self.angles(0, config.block_size) if fixed else None, persistent=False)
 
-    def angles(self, positions):
-        """positions (T,) -> cosines and sines (H, T, D/2)."""
+    def angles(self, start, end):
+        """Cosines and sines for these positions, (H, T, D/2, 2)."""
         f = self.frequencies if self.layer_norm is None else self.layer_norm(self.frequencies)
-        angle = positions[:, None] * f[:, None].float()
-        return angle.cos(), angle.sin()
+        angle = torch.arange(start, end, device=f.device)[:, None] * f[:, None].float()
+        return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
     def forward(self, q, k, start):
         """q, k (B, H, T, D), the first of them at position `start`."""
-        T = q.size(2)
-        if self.fixed:
-            cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
-        else:
-            cos, sin = self.angles(torch.arange(start, start + T, device=q.device))
-        return self.turn(q, cos, sin), self.turn(k, cos, sin)
-
-    @staticmethod
-    def turn(x, cos, sin):
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+        end = start + q.size(2)
+        table = self.angles(start, end) if self.table is None else self.table[:, start:end].contiguous()
+        return turn(q, table), turn(k, table)
 
 
 def widen(x, *columns):
@@ -551,6 +582,8 @@ class GPT(nn.Module):
     def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
         seconds where the whole model takes a minute, and the head stays free to work in chunks."""
+        if self.lm_head.weight.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
+            torch._inductor.config.fallback_random = True
         for block in self.transformer.h:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
 
