@@ -1,0 +1,146 @@
+"""
+Figures of one or several runs, from their metrics.jsonl.
+
+    python plot_results.py logs/standard logs/heat --out=figures
+    python plot_results.py out-compare-* --out=figures
+
+Draws what the runs have measured: loss and accuracy against steps; and of runs of train_diffusion_attention.py the training
+dynamics of calibration, the trade-off between perplexity and calibration, reliability diagrams, and, where the depths
+differ, calibration and the learned diffusion time against depth beside the law t = 0.28 * sqrt(4 / L).
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import matplotlib
+
+from configurator import UserError, configure, option, run
+
+matplotlib.use('Agg')  # files only: no window
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class PlotConfig:
+    """Where the figures go."""
+    out: str = option('figures', 'folder for the PNG files')
+
+
+class Run:
+    """The evaluations of one run: lists by name, and its settings."""
+
+    def __init__(self, folder):
+        self.name = os.path.basename(os.path.normpath(folder))
+        try:
+            with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as f:
+                entries = [json.loads(line) for line in f]
+            with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+                self.config = json.load(f)
+        except (OSError, json.JSONDecodeError) as e:
+            raise UserError(f'{folder} is not the folder of a run: {e}') from None
+        self.evaluations = [entry for entry in entries if entry.get('val_loss') is not None]
+        if not self.evaluations:
+            raise UserError(f'{folder} holds no evaluation yet')
+
+    def curve(self, name):
+        """Iterations and values of one metric, where it was measured."""
+        pairs = [(e['iter'], e[name]) for e in self.evaluations if e.get(name) is not None]
+        return [p[0] for p in pairs], [p[1] for p in pairs]
+
+    def last(self, name):
+        return self.evaluations[-1].get(name)
+
+    def kind(self):
+        """What sets of runs are grouped by: the model type and its time."""
+        c = self.config
+        return c['model_type'] + (f" t={c['heat_t']}" if c['model_type'] == 'heat' else '')
+
+
+def figure(path, title, x, y, draw):
+    """One labelled picture; `draw(axes)` puts the data in."""
+    fig, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    draw(axes)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+    print(path)
+
+
+def curves(runs, name):
+    def draw(axes):
+        for r in runs:
+            axes.plot(*r.curve(name), marker='.', label=r.name)
+    return draw
+
+
+def trade_off(axes, runs):
+    for r in runs:
+        pairs = [(e['val_perplexity'], e['val_ece']) for e in r.evaluations if e.get('val_ece') is not None and e['iter']]
+        axes.plot(*zip(*pairs), marker='o', markersize=3, label=r.name)
+    axes.set_xscale('log')
+
+
+def reliability(axes, runs):
+    axes.plot([0, 1], [0, 1], color='gray', linestyle='--', label='calibrated')
+    for r in runs:
+        bins = [(confidence, accuracy) for n, confidence, accuracy in r.last('val_bins') if n]
+        axes.plot(*zip(*bins), marker='o', markersize=3, label=f'{r.name} (ECE {r.last("val_ece"):.3f})')
+
+
+def against_depth(axes, runs):
+    kinds = {}
+    for r in runs:
+        kinds.setdefault(r.kind(), []).append((r.config['n_layer'], r.last('val_ece')))
+    for kind, points in sorted(kinds.items()):
+        axes.plot(*zip(*sorted(points)), marker='o', label=kind)
+
+
+def time_law(axes, runs):
+    depths = range(2, 1 + max(4, *(r.config['n_layer'] for r in runs)))
+    axes.plot(depths, [0.28 * math.sqrt(4 / depth) for depth in depths], color='gray', linestyle='--',
+              label='0.28 * sqrt(4 / L)')
+    for r in runs:
+        times = r.last('val_diffusion_times')
+        if times:
+            axes.scatter([r.config['n_layer']] * len(times), times, s=12, label=f'{r.name}, each layer')
+    best = {}
+    for r in runs:
+        if r.config['model_type'] == 'heat' and r.config['heat_t'] not in ('depth', 'adaptive'):
+            depth, found = r.config['n_layer'], (r.last('val_ece'), float(r.config['heat_t']))
+            best[depth] = min(best.get(depth, found), found)
+    if best:
+        axes.scatter(list(best), [t for _, t in best.values()], marker='*', s=80, label='fixed t of the lowest ECE')
+
+
+def main(argv):
+    config, folders = configure(argv, PlotConfig, description=__doc__, positional=('run', 'folders of runs'))
+    if not folders:
+        raise UserError('name the folders of one or more runs')
+    runs = [Run(folder) for folder in folders]
+    os.makedirs(config.out, exist_ok=True)
+
+    def path(name):
+        return os.path.join(config.out, f'{name}.png')
+
+    figure(path('loss'), 'Validation loss', 'iteration', 'nats per token', curves(runs, 'val_loss'))
+    figure(path('accuracy'), 'Next-token accuracy', 'iteration', 'share of positions', curves(runs, 'val_accuracy'))
+    runs = [r for r in runs if r.last('val_ece') is not None]
+    if not runs:
+        return
+    figure(path('perplexity'), 'Validation perplexity', 'iteration', 'perplexity', curves(runs, 'val_perplexity'))
+    figure(path('dynamics'), 'Calibration during training', 'iteration', 'ECE, 15 bins', curves(runs, 'val_ece'))
+    figure(path('trade_off'), 'Perplexity and calibration, one point per evaluation', 'perplexity', 'ECE, 15 bins',
+           lambda axes: trade_off(axes, runs))
+    figure(path('reliability'), 'Reliability at the end of training', 'confidence', 'accuracy',
+           lambda axes: reliability(axes, runs))
+    if len({r.config['n_layer'] for r in runs}) > 1:
+        figure(path('depth'), 'Calibration against depth', 'layers', 'ECE, 15 bins', lambda axes: against_depth(axes, runs))
+    figure(path('time_law'), 'Diffusion time against depth', 'layers', 't', lambda axes: time_law(axes, runs))
+
+
+if __name__ == '__main__':
+    run(main)
