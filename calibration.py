@@ -11,6 +11,7 @@ from objectives import IGNORE
 BINS = 15
 
 
+@torch.no_grad()
 def calibration_sums(logits, targets):
     """What `calibration` needs, over the counted positions: sums, and entropy's extremes. logits (N, V), targets (N,)."""
     counted = targets != IGNORE

@@ -19,6 +19,7 @@ from configurator import UserError, configure, option, run
 
 matplotlib.use('Agg')  # files only: no window
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 @dataclass
@@ -62,6 +63,8 @@ def figure(path, title, x, y, draw):
     fig, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     draw(axes)
     axes.set(title=title, xlabel=x, ylabel=y)
+    if x == 'layers':
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

@@ -1,0 +1,153 @@
+"""Weights of one model type in another: plain GPT-2 anywhere, and the layouts of the published checkpoints."""
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+from configurator import UserError
+from machine import Ranks
+from model import GPT, GPTConfig
+from train import Trainer
+
+transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
+
+TYPES = {
+    'dd': {}, 'dd published': {'model_type': 'dd', 'published': True}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {},
+    'rotating norm': {'model_type': 'rotating', 'use_norm': True}, 'parallel': {'parallel_merge': 'concat'}, 'duo': {},
+}
+every_type = pytest.mark.parametrize('name', TYPES)
+SIZES = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
+
+
+def options(name):
+    return {'model_type': name.split()[0]} | TYPES[name]
+
+
+def hf_folder(path, vocab_size, extra=None, drop=()):
+    """A Hugging Face GPT-2 folder, with the tensors of `extra` ({name: tensor}) added, as the published checkpoints have."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=16, n_layer=2, n_head=2, n_embd=16)
+    weights = dict(transformers.GPT2LMHeadModel(config).state_dict())
+    config.save_pretrained(path)
+    weights = {k: v for k, v in weights.items() if k not in drop}
+    torch.save(weights | (extra or {}), path / 'pytorch_model.bin')
+    return str(path)
+
+
+@pytest.fixture
+def start(tiny, data_dir, capsys):
+    """start(folder, **options) -> the trainer of a run that starts from it, and what it said."""
+    def make(folder, **changes):
+        config, model_config = tiny(init_from=f'hf:{folder}', **changes)
+        trainer = Trainer(config, model_config, Ranks())
+        return trainer, capsys.readouterr().out
+    return make
+
+
+@pytest.fixture
+def vocab_size(tiny):
+    config, model_config = tiny()
+    return Trainer(config, model_config, Ranks()).model.config.vocab_size
+
+
+@every_type
+def test_plain_gpt2_starts_any_type_and_only_its_own_weights_are_fresh(tmp_path, start, vocab_size, name):
+    folder = hf_folder(tmp_path, vocab_size)
+    trainer, said = start(folder, **options(name))
+    _, weights = checkpoint.load_hf(folder)
+    own = trainer.model.state_dict()
+    fresh = [key for key in own if key not in weights]
+    for key in weights:
+        assert torch.equal(own[key][:vocab_size], weights[key][:vocab_size]), key
+    assert fresh or name == 'duo'
+    for key in fresh:
+        assert key in said, key
+    if name == 'duo':
+        assert f'transformer.wte.weight[{vocab_size}]' in said
+        assert own['transformer.wte.weight'][vocab_size].abs().sum() > 0
+    trainer.train()
+
+
+PUBLISHED = {
+    'drift': (dict(model_type='dd', published=True, apply_diffusion=False, baseline_each_head=False),
+              {'attn.drift_param': (2, 8)}),
+    'drift and baseline': (dict(model_type='dd', published=True, apply_diffusion=False),
+                           {'attn.drift_param': (2, 8), 'attn.baseline': (2, 8)}),
+    'all of dd': (dict(model_type='dd', published=True),
+                  {'attn.drift_param': (2, 8), 'attn.baseline': (2, 8), 'attn.diffusion_param': (2, 8)}),
+    'rotating': (dict(model_type='rotating'), {'attn.rope.frequencies': (2, 4)}),
+    'rotating norm': (dict(model_type='rotating', use_norm=True),
+                      {'attn.rope.frequencies': (2, 4), 'attn.rope.layer_norm.weight': (4,),
+                       'attn.rope.layer_norm.bias': (4,)}),
+}
+
+
+def published_extra(shapes):
+    return {f'transformer.h.{layer}.{name}': torch.randn(shape) for layer in range(2) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_layouts_load_whole(tmp_path, start, vocab_size, name):
+    changes, shapes = PUBLISHED[name]
+    extra = published_extra(shapes)
+    trainer, said = start(hf_folder(tmp_path, vocab_size, extra), **changes)
+    assert 'starting fresh: nothing' in said
+    own = trainer.model.state_dict()
+    for key, tensor in extra.items():
+        assert torch.equal(own[key], tensor), key
+
+
+def test_the_shared_bottleneck_of_parallel_concat_loads(tmp_path, start, vocab_size):
+    extra = {'transformer.bottleneck.weight': torch.randn(16, 32), 'transformer.bottleneck.bias': torch.randn(16)}
+    trainer, said = start(hf_folder(tmp_path, vocab_size, extra), model_type='parallel', parallel_merge='concat')
+    assert 'starting fresh: nothing' in said
+    assert torch.equal(trainer.model.transformer.bottleneck.weight, extra['transformer.bottleneck.weight'])
+
+
+def test_duos_mask_is_the_last_row_of_a_table_one_longer(tmp_path, start, vocab_size):
+    folder = hf_folder(tmp_path, vocab_size + 1)
+    trainer, said = start(folder, model_type='duo', published=True)
+    assert 'starting fresh: nothing' in said and trainer.model.config.vocab_size == vocab_size
+    table = checkpoint.load_hf(folder)[1]['transformer.wte.weight']
+    assert torch.equal(trainer.model.transformer.wte.weight[:vocab_size + 1], table[:vocab_size + 1])
+    with pytest.raises(UserError, match='vocabulary'):
+        start(folder, model_type='gpt2')
+    with pytest.raises(UserError, match='vocabulary'):
+        start(hf_folder(tmp_path, vocab_size + 2), model_type='duo')
+
+
+def test_what_is_unknown_missing_or_of_another_shape_is_named(tmp_path, start, vocab_size):
+    changes, shapes = PUBLISHED['all of dd']
+    extra = published_extra(shapes)
+    with pytest.raises(UserError, match='attn.drift_param'):  # unknown to gpt2
+        start(hf_folder(tmp_path, vocab_size, extra))
+    with pytest.raises(UserError, match=r'drift_param has shape \(2, 8\).*published'):
+        start(hf_folder(tmp_path, vocab_size, extra), model_type='dd')
+    without = {key: tensor for key, tensor in extra.items() if key != 'transformer.h.1.attn.baseline'}
+    with pytest.raises(UserError, match='h.1.attn.baseline'):
+        start(hf_folder(tmp_path, vocab_size, without), **changes)
+    with pytest.raises(UserError, match='lack transformer.ln_f.weight'):
+        start(hf_folder(tmp_path, vocab_size, drop=['transformer.ln_f.weight']))
+
+
+def test_a_longer_context_and_another_types_run_are_cut_to_fit(tmp_path, tiny, capsys):
+    config, model_config = tiny()
+    Trainer(config, model_config, Ranks()).train()
+    child, child_model = tiny(out_dir='child', init_from=config.out_dir, model_type='duo', block_size=8)
+    trainer = Trainer(child, child_model, Ranks())
+    assert 'an id without text' in capsys.readouterr().out and trainer.model.config.block_size == 8
+    trainer.train()
+    grandchild, _ = tiny(out_dir='grandchild', init_from=child.out_dir, model_type='duo')
+    again = Trainer(grandchild, GPTConfig(model_type='duo', **{k: TINY[k] for k in SIZES}), Ranks())
+    assert 'starting fresh: nothing' in capsys.readouterr().out
+    trained = checkpoint.load(checkpoint.find(child.out_dir))['model']['transformer.wte.weight']
+    assert torch.equal(again.model.transformer.wte.weight, trained)
+    backwards, plain = tiny(out_dir='backwards', init_from=child.out_dir)
+    with pytest.raises(UserError, match='vocabulary'):  # the mask would become an id with text
+        Trainer(backwards, plain, Ranks())
+
+
+def test_every_own_weight_is_listed():
+    model = GPT(GPTConfig(model_type='heat', heat_t='adaptive', vocab_size=20, **SIZES))
+    names = checkpoint.own_names(model)
+    assert len(names) == 2 * 6 and all('.attn.time.mlp.' in name for name in names)
