@@ -80,6 +80,16 @@ def assert_same_gradients(found, wanted, tolerance=1e-5):
         torch.testing.assert_close(found[name], wanted[name], atol=tolerance * largest, rtol=1e-4, msg=name)
 
 
+def assert_same_value_and_gradients(found, wanted, *inputs):
+    """The gradients of any weighted sum of both, with respect to each of the inputs."""
+    assert_close(found, wanted)
+    direction = torch.randn_like(found)
+    gradients = [torch.autograd.grad((direction * y).sum(), inputs) for y in (found, wanted)]
+    for g, e in zip(*gradients):
+        assert e.abs().max() > 1e-3
+        assert_close(g, e)
+
+
 def heads_of(attn, x):
     """x (B, T, C) -> q, k, v (B, H, T, D), nanoGPT's way."""
     return [part.view(*x.shape[:2], attn.n_head, -1).transpose(1, 2) for part in attn.c_attn(x).split(x.size(2), dim=2)]
@@ -258,21 +268,22 @@ def test_dd_without_its_terms_is_gpt2(published, training):
 
 
 @pytest.mark.parametrize('form', DD)
-def test_drift_is_its_formula(form):
+def test_drift_is_its_formula_in_value_and_gradient(form):
     attn = make(model_type='dd', spread=0.5, **DD[form]).transformer.h[1].attn
-    parameters = {name: p.detach() for name, p in attn.named_parameters() if not name.startswith('c_')}
-    x = torch.randn(2, 9, 32)
-    y = attend_in_a_loop(*heads_of(attn, x))
+    parameters = {name: p for name, p in attn.named_parameters() if not name.startswith('c_')}
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    wanted = list(attend_in_a_loop(*heads_of(attn, x)).unbind(1))
     for h in range(H):
         if form in ('per head', 'per layer'):
             d = parameters['drift_param'].flatten()
             assert len(d) == (H if form == 'per head' else 1)
-            y[:, h] += d[h % len(d)].item() * y[:, h]
+            wanted[h] = wanted[h] + d[h % len(d)] * wanted[h]
         elif form != 'without drift':
             d, b = parameters['drift_param'][h], parameters['baseline'][h] if form == 'published' else 0
             assert d.shape == (D,)
-            y[:, h] = y[:, h] + 1 / (1 + (-d).exp()) * (y[:, h] - b)
-    assert_close(attended(attn, x), y)
+            wanted[h] = wanted[h] + 1 / (1 + (-d).exp()) * (wanted[h] - b)
+    assert_same_value_and_gradients(attended(attn, x), torch.stack(wanted, 1),
+                                    x, *(p for name, p in parameters.items() if name != 'diffusion_param'))
     learned = {'without drift': set(), 'per head': {'drift_param'}, 'per layer': {'drift_param'},
                'published': {'drift_param', 'baseline', 'diffusion_param'},
                'published, no baseline': {'drift_param', 'diffusion_param'}}
@@ -281,21 +292,25 @@ def test_drift_is_its_formula(form):
 
 @pytest.mark.parametrize('form', DD)
 @pytest.mark.parametrize('std', [0.1, 0.5])
-@torch.no_grad()
 def test_diffusion_is_noise_of_its_own_everywhere_in_training_only(form, std):
     attn = make(model_type='dd', diffusion_std=std, **DD[form]).transformer.h[1].attn
     scale = torch.full((H, 1, D), std)
     if 'published' in form:
         scale = torch.rand(H, 1, D) + std
-        attn.diffusion_param.copy_(scale[:, 0])
+        attn.diffusion_param.data.copy_(scale[:, 0])
     x = torch.randn(64, 32, 32)
     calm = attended(attn, x)
     assert torch.equal(calm, attended(attn, x))
-    noise = (attended(attn.train(), x) - calm) / scale  # (B, H, T, D)
+    y = attended(attn.train(), x)
+    noise = ((y - calm) / scale).detach()  # (B, H, T, D)
     assert noise.std().item() == pytest.approx(1, rel=0.03)
     assert noise.std((0, 2)).flatten().tolist() == pytest.approx([1] * H * D, rel=0.08)
     for dim, n in enumerate(noise.shape):  # independent draws: their means over n have a standard deviation of 1/sqrt(n)
         assert noise.mean(dim).std().item() == pytest.approx(1 / math.sqrt(n), rel=0.06)
+    if 'published' in form:
+        direction = torch.randn_like(y)
+        found, = torch.autograd.grad((direction * y).sum(), attn.diffusion_param)
+        assert_close(found, (direction * noise).sum((0, 2)), 1e-4)
     attn.config = replace(attn.config, apply_diffusion=False)
     assert torch.equal(calm, attended(attn, x))
 
@@ -355,11 +370,7 @@ def test_heat_is_its_formula_in_value_and_gradient(form, layers, t):
         if form == 'dot':
             return keys @ query / (2 * times[where])
         return -(query - keys).square().sum(1) / (4 * times[where])
-    y, wanted = attended(attn, x), attend_in_a_loop(q, k, v, score)
-    assert_close(y, wanted)
-    direction = torch.randn_like(y)
-    found, wanted = (torch.autograd.grad((direction * out).sum(), x)[0] for out in (y, wanted))
-    assert_close(found, wanted)
+    assert_same_value_and_gradients(attended(attn, x), attend_in_a_loop(q, k, v, score), x)
 
 
 @torch.no_grad()
@@ -396,13 +407,7 @@ def test_adaptive_time_is_its_formula_in_value_and_gradient(B, Tq, Tk):
         assert_close(seen[0][..., i], wanted_statistics[..., i])
     wanted = times_in_a_loop(time, wanted_statistics)
     assert t.shape == (B, H, Tq, 1) and t.dtype == torch.float32
-    torch.testing.assert_close(t, wanted.float(), atol=1e-5, rtol=1e-5)
-    direction = torch.randn_like(t)
-    found = torch.autograd.grad((direction * t).sum(), (q, k, *time.parameters()))
-    exact = torch.autograd.grad((direction * wanted).sum(), (q, k))
-    for g, e in zip(found, exact):
-        assert e.abs().max() > 1e-3
-        assert_close(g, e)
+    assert_same_value_and_gradients(t, wanted, q, k)
 
 
 @pytest.mark.parametrize('limits', [(0.1, 10.0), (0.5, 8.0)])
@@ -487,16 +492,10 @@ def test_rotating_at_zero_rates_is_gpt2(variant):
 def test_rotation_is_its_formula_in_value_and_gradient(variant):
     attn = make(**ROTATING[variant]).transformer.h[1].attn
     f = rates_in_a_loop(attn.rope, variant)
-    x = torch.randn(2, 9, 32)
+    x = torch.randn(2, 9, 32, requires_grad=True)
     q, k, v = (part.double() for part in heads_of(attn, x))
-    y, wanted = attended(attn, x), attend_in_a_loop(turn_in_a_loop(q, f), turn_in_a_loop(k, f), v)
-    assert_close(y, wanted)
-    if learned := list(attn.rope.parameters()):
-        direction = torch.randn_like(y)
-        found, exact = (torch.autograd.grad((direction * out).sum(), learned) for out in (y, wanted))
-        for g, e in zip(found, exact):
-            assert e.abs().max() > 1e-3
-            assert_close(g, e)
+    wanted = attend_in_a_loop(turn_in_a_loop(q, f), turn_in_a_loop(k, f), v)
+    assert_same_value_and_gradients(attended(attn, x), wanted, x, *attn.rope.parameters())
 
 
 @pytest.mark.parametrize('variant', ROTATING)
@@ -754,6 +753,8 @@ def test_no_sample_is_ever_the_mask():
     ({'model_type': 'heat', 'heat_t': '0'}, 'heat_t=0 must be above 0'),
     ({'model_type': 'heat', 'heat_t': '-1'}, 'heat_t=-1 must be above 0'),
     ({'model_type': 'heat', 'heat_t': 'nan'}, 'heat_t=nan must be above 0'),
+    ({'model_type': 'heat', 'heat_t': 'inf'}, 'heat_t=inf'),
+    ({'model_type': 'duo', 'block_size': 1}, 'block_size=1'),
     ({'model_type': 'heat', 'heat_t': 'warm'}, "heat_t='warm' is neither a number nor one of: depth, adaptive"),
     ({'model_type': 'heat', 'heat_t_min': 10.0}, 'heat_t_min=10.0 must be above 0 and below heat_t_max=10.0'),
     ({'model_type': 'heat', 'heat_t_min': 0.0}, 'heat_t_min=0.0 must be above 0'),
