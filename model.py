@@ -81,13 +81,15 @@ class GPTConfig:
         for name in ('diffusion_std', 'duo_fill_weight'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
-        if self.heat_t not in ('depth', 'adaptive') and not self.heat_time() > 0:
-            raise UserError(f'heat_t={self.heat_t} must be above 0')
+        if self.heat_t not in ('depth', 'adaptive') and not 0 < self.heat_time() < math.inf:
+            raise UserError(f'heat_t={self.heat_t} must be above 0, and finite')
         if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
             raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
         head = self.n_embd // self.n_head
         if self.model_type == 'rotating' and head % 2:
             raise UserError(f'rotating turns coordinates in pairs: n_embd / n_head = {head} must be even')
+        if self.model_type == 'duo' and self.block_size < 2:
+            raise UserError(f'duo looks one token ahead: block_size={self.block_size} must be at least 2')
         if self.model_type == 'parallel' and self.n_layer % 2:
             raise UserError(f'parallel runs blocks in pairs: n_layer={self.n_layer} must be even')
 

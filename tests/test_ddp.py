@@ -30,11 +30,16 @@ def finish(processes, tmp_path, code=0):
     return said
 
 
+def without_noise(model_type):
+    """Each rank draws noise of its own, so that only without it two ranks can be one."""
+    return {'model_type': model_type} | ({'apply_diffusion': False} if model_type == 'dd' else {})
+
+
 @every_type
 @pytest.mark.parametrize('order, grad_clip', [('epoch', 0.0), ('random', 0.1)])
 def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, order, grad_clip):
     """The same global batch, 2 micro-batches on one rank or 1 on each of two. The log holds global loss and norm."""
-    overrides = TWO | dict(model_type=model_type, data_order=order, grad_clip=grad_clip, max_iters=5)
+    overrides = TWO | without_noise(model_type) | dict(data_order=order, grad_clip=grad_clip, max_iters=5)
     one, model_config = tiny(out_dir='one', **overrides)
     train.train(one, model_config)
     finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
@@ -62,14 +67,14 @@ def save_gradients(argv, path):
 @every_type
 def test_gradients_of_two_ranks_are_those_of_one(tiny, command_line, fork_ranks, tmp_path, model_type):
     """Two micro-batches on each of two ranks: the first is accumulated without an exchange."""
-    overrides = dict(gradient_accumulation_steps=4, grad_clip=0, model_type=model_type)
+    overrides = dict(gradient_accumulation_steps=4, grad_clip=0) | without_noise(model_type)
     finish(fork_ranks(save_gradients, command_line(out_dir='two', **overrides), str(tmp_path / 'two.pt')), tmp_path)
     two = torch.load(tmp_path / 'two.pt', weights_only=True)
     trainer = train.Trainer(*tiny(out_dir='one', **overrides), Ranks())
     trainer.optimizer.zero_grad = lambda set_to_none: None
     trainer._step()
     for name, p in trainer.model.named_parameters():
-        assert p.grad.abs().max() > 1e-4 and (p.grad - two[name]).abs().max() < 1e-6, name
+        assert (p.grad - two[name]).abs().max() < min(1e-6, p.grad.abs().max() / 10), name
 
 
 @every_type
@@ -99,7 +104,7 @@ def train_and_signal_rank_1(argv):
 @every_type
 def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type):
     """With dropout, that is with a random state for each rank; a signal to one rank alone stops both."""
-    overrides = HARD | dict(model_type=model_type, max_iters=50, eval_interval=20, eval_iters=1, n_layer=1)
+    overrides = HARD | dict(model_type=model_type, max_iters=50, eval_interval=20, eval_iters=1, n_layer=2)
     finish(fork_ranks(train_rank, command_line(out_dir='straight', **overrides)), tmp_path)
     said = finish(fork_ranks(train_and_signal_rank_1, command_line(out_dir='cut', **overrides)), tmp_path, code=143)
     cut = str(tmp_path / 'cut')
