@@ -1,19 +1,20 @@
-# GPT-2's shape in small on TinyStories: a CPU's afternoon, or minutes on a GPU
+# Stories on a laptop's CPU, in minutes; on a GPU give it more: --max_iters, --n_layer, --n_embd, --block_size
 #   python prepare.py tinystories
 #   python train.py config/train_tinystories.py
-# Measured on machine A of LOG.md: 552 tokens/s, 7.4 s per iteration, 1.6 times as fast as nanoGPT beside it. The loss at the
-# end is not measured yet.
+# Measured on machine A of LOG.md, on an excerpt of 2,961 stories (seed 1337, commit c1d07bf): 150 iterations, about 1,000
+# tokens/s, 9 minutes with 3 evaluations; validation loss 4.827, 1.714 bits per byte. The rate was not tuned.
 out_dir = 'out-tinystories'
 dataset = 'tinystories'
-n_layer = 6
-n_head = 6
-n_embd = 384
-block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 128
 bias = False
 batch_size = 16
-max_iters = 300
-learning_rate = 1e-3
-warmup_iters = 30
+max_iters = 150
+learning_rate = 2e-3
+warmup_iters = 15
 beta2 = 0.99
-eval_interval = 150
-eval_iters = 10
+eval_interval = 75
+eval_iters = 20
+compile = False  # would cost more time than it saves in a run this short
