@@ -105,7 +105,7 @@ class GPTConfig:
     @property
     def textless_ids(self):
         """Ids after vocab_size that the embedding has and the logits have not: the mask of duo."""
-        return 1 if self.model_type == 'duo' else 0
+        return 1 if self.model_type == 'duo' and self.duo_fill_weight else 0
 
 
 class KVCache:
