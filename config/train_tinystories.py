@@ -2,7 +2,8 @@
 #   python prepare.py tinystories
 #   python train.py config/train_tinystories.py
 # Measured on machine A of LOG.md, on an excerpt of 2,961 stories (seed 1337, commit c1d07bf): 150 iterations, about 1,000
-# tokens/s, 9 minutes with 3 evaluations; validation loss 4.827, 1.714 bits per byte. The rate was not tuned.
+# tokens/s, under 9 minutes with 3 evaluations, the last of them slowed by other work; validation loss 4.827, 1.714 bits per
+# byte. The rate was not tuned.
 out_dir = 'out-tinystories'
 dataset = 'tinystories'
 n_layer = 4
