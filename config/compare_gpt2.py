@@ -1,0 +1,21 @@
+# Eight ways of modelling text beside each other on a CPU, this one the baseline: the Python standard library's source, half
+# an epoch, so that noise cannot win as a regulariser
+#   python prepare.py python --tokenizer=bpe:1024
+#   python train.py config/compare_gpt2.py
+# Validation loss: see the table in README.md. The rate was chosen for gpt2.
+out_dir = 'out-compare-gpt2'
+dataset = 'python_bpe1024'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+batch_size = 16
+max_iters = 1000  # 2.05M tokens
+learning_rate = 4e-3
+warmup_iters = 50
+lr_schedule = 'linear'
+beta2 = 0.99
+eval_interval = 500
+eval_iters = 80  # half of the validation split
+log_interval = 100
+compile = False  # would cost more time than it saves in a run this short
