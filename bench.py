@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError, build, option, read_values, run
+from configurator import UserError, build, one_of, option, read_values, run
 from data import Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from model import GPT, GPTConfig
@@ -48,15 +48,27 @@ class BenchConfig:
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
-    only: str = option('', "measure the memory of this side alone; bench.py calls itself with it", ('', 'ours', 'nanoGPT'))
+    variants: str = option('', "--part=types: which of them, as 'gpt2,heat adaptive'; empty takes all")
+    only: str = option('', 'measure the memory of this side alone; bench.py calls itself with it')
 
 
 VARIANTS = {  # for --part=types: what differs from gpt2
-    'gpt2': {}, 'dd': {'model_type': 'dd'}, 'heat': {'model_type': 'heat'},
+    'gpt2': {},
+    'dd': {'model_type': 'dd'},
+    'dd drift': {'model_type': 'dd', 'apply_diffusion': False},
+    'dd diffusion': {'model_type': 'dd', 'apply_drift': False},
+    'heat': {'model_type': 'heat'},
     'heat distance': {'model_type': 'heat', 'heat_form': 'distance'},
-    'heat adaptive': {'model_type': 'heat', 'heat_t': 'adaptive'}, 'rotating lr': {'model_type': 'rotating'},
-    'rotating gp': {'model_type': 'rotating', 'rotating_head': 'gp'}, 'parallel': {'model_type': 'parallel'},
-    'duo': {'model_type': 'duo'}, 'duo dense': {'model_type': 'duo', 'published': True},
+    'heat adaptive': {'model_type': 'heat', 'heat_t': 'adaptive'},
+    'rotating lr': {'model_type': 'rotating'},
+    'rotating gp': {'model_type': 'rotating', 'rotating_head': 'gp'},
+    'rotating lr norm': {'model_type': 'rotating', 'use_norm': True},
+    'rotating gp norm': {'model_type': 'rotating', 'rotating_head': 'gp', 'use_norm': True},
+    'parallel mean': {'model_type': 'parallel'},
+    'parallel add': {'model_type': 'parallel', 'parallel_merge': 'add'},
+    'parallel concat': {'model_type': 'parallel', 'parallel_merge': 'concat'},
+    'duo': {'model_type': 'duo'},
+    'duo dense': {'model_type': 'duo'},  # the same function by `dense_attention`
 }
 
 
@@ -135,13 +147,15 @@ def nanogpt_side(config, model_config, device, dtype):
 
 
 def dense_attention(attention, q, k, v, ahead):
-    """The published duo with all 2T-1 positions in one attention under a mask, to compare with: no leak mended, no work
-    saved."""
+    """duo with all 2T-1 positions, the keys and values of the next tokens behind theirs, in one attention under a mask."""
     T = q.size(2) - ahead.size(1)
+    k_ahead, v_ahead = attention._look_ahead(k[:, :, :T], v[:, :, :T], ahead)
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    to_tokens = causal[:T - 1].tril(-1) | torch.eye(T, dtype=torch.bool, device=q.device)[1:]
-    mask = torch.cat((F.pad(causal, (0, T - 1)), torch.cat((to_tokens, torch.eye(T - 1, device=q.device).bool()), 1)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    itself = torch.eye(T - 1, dtype=torch.bool, device=q.device)
+    tokens = F.pad(causal, (0, 2 * (T - 1)))
+    masks = torch.cat((causal[:T - 1].tril(-1), itself, itself), dim=1)
+    k, v = torch.cat((k, k_ahead), dim=2), torch.cat((v, v_ahead), dim=2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat((tokens, masks)))
 
 
 def type_side(name, config, model_config, device, dtype):
@@ -153,7 +167,7 @@ def type_side(name, config, model_config, device, dtype):
             block.attn._two_streams = partial(dense_attention, block.attn)
 
     def step(X, Y):
-        tokens = torch.cat((X, Y[:, -1:]), dim=1)
+        tokens = torch.cat((X, Y[:, -1:]), dim=1)[:, :model.objective.window(X.size(1))]
         batch = model.objective.make_batch(tokens.cpu(), torch.Generator())
         with autocast(device, dtype):
             _, loss = model(*(t if t is None else t.to(device) for t in batch), return_logits=False)
@@ -306,10 +320,13 @@ def main(argv):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
-    names = [config.only] if config.only else ['ours'] + ['nanoGPT'] * bool(config.against)
+    names = ['ours'] + ['nanoGPT'] * bool(config.against)
     if config.part == 'types':
+        names = config.variants.split(',') if config.variants else list(VARIANTS)
         torch._dynamo.config.recompile_limit = 8 * len(VARIANTS)  # all of them compile the same code
-        sides = [type_side(name, config, model_config, device, dtype) for name in VARIANTS]
+    names = [config.only] if config.only else names
+    if config.part == 'types':
+        sides = [type_side(one_of('variants', name, VARIANTS), config, model_config, device, dtype) for name in names]
     else:
         sides = [makers[name](config, model_config, device, dtype) for name in names]
     if config.only:
@@ -330,6 +347,7 @@ def main(argv):
     if config.part == 'types':
         times = bench_train(config, c, sides, device)
         result['types'] = report('training step, in time per token of text', times, config.batch_size * c.block_size)
+        result['peak_MiB'] = report_memory(names, 'types')
     if config.part in ('speed', 'train'):
         tokens = config.batch_size * c.block_size
         times = bench_train(config, c, sides, device)

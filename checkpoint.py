@@ -120,9 +120,9 @@ def model_config(model_args):
 
 
 def load_model(checkpoint, device='cpu'):
-    """The trained model in a checkpoint, in evaluation mode."""
+    """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any."""
     model = GPT(model_config(checkpoint['model_args']))
-    model.load_state_dict(checkpoint['model'])
+    model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
     return model.to(device).eval()
 
 

@@ -6,6 +6,8 @@ gpt2      GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitas
 dd        drift-diffusion attention; rotating: a rotary embedding of its own for every head; parallel: blocks in pairs;
           duo: next-token and fill-in prediction in one pass: BluebrainAI, Parallel Transformer Models, 2025
 heat      heat-kernel attention: Curry, "Diffusion Attention: Replacing Softmax with Heat Kernel Dynamics", zenodo 18004600
+diffusion masked diffusion: attention looks both ways, masked tokens are filled in and, with the repair objective, wrong ones
+          flagged: Sahoo et al., arXiv 2406.07524; refinement.py has the samplers
 
 `published=True` gives a type as it was published where the default mends a flaw of it.
 """
@@ -22,12 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from configurator import UserError, one_of, option
 from machine import packed_linear
 from objectives import OBJECTIVES, get_objective
+from refinement import RefineConfig, refine, refuse_undefined
 
 MODEL_TYPES = tuple(OBJECTIVES)
 OPTIONS = {  # which options a model type has beyond those of all
     'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
+    'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies')  # not matrices, though some have two dimensions
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
@@ -60,6 +64,11 @@ class GPTConfig:
     use_norm: bool = option(False, 'rotating: LayerNorm over the rates of a head')
     parallel_merge: str = option('mean', 'parallel: how two blocks become one', ('mean', 'add', 'concat'))
     duo_fill_weight: float = option(1.0, 'duo: weight of the fill-in loss; 0 trains exactly gpt2')
+    diffusion_objective: str = option('repair', 'diffusion: fill, keep and flag; or the bound on the likelihood alone',
+                                      ('repair', 'nelbo'))
+    positions: str = option('rotary', 'diffusion: what tells the places of tokens apart', ('rotary', 'learned', 'both'))
+    penalty_keep_mask: float = option(0.25, 'diffusion, repair: weight of a masked token that is answered with [MASK]')
+    penalty_mask_correct: float = option(0.5, 'diffusion, repair: weight of a right token that is answered with [MASK]')
 
     def __post_init__(self):
         one_of('model_type', self.model_type, MODEL_TYPES)
@@ -78,7 +87,7 @@ class GPTConfig:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1')
-        for name in ('diffusion_std', 'duo_fill_weight'):
+        for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not 0 < self.heat_time() < math.inf:
@@ -86,8 +95,8 @@ class GPTConfig:
         if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
             raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
         head = self.n_embd // self.n_head
-        if self.model_type == 'rotating' and head % 2:
-            raise UserError(f'rotating turns coordinates in pairs: n_embd / n_head = {head} must be even')
+        if self.has_rotary and head % 2:
+            raise UserError(f'rotary positions turn coordinates in pairs: n_embd / n_head = {head} must be even')
         if self.model_type == 'duo' and self.block_size < 2:
             raise UserError(f'duo looks one token ahead: block_size={self.block_size} must be at least 2')
         if self.model_type == 'parallel' and self.n_layer % 2:
@@ -103,9 +112,18 @@ class GPTConfig:
             raise UserError(f"heat_t={self.heat_t!r} is neither a number nor one of: depth, adaptive") from None
 
     @property
+    def has_rotary(self):
+        return self.model_type == 'rotating' or (self.model_type == 'diffusion' and self.positions != 'learned')
+
+    @property
     def textless_ids(self):
-        """Ids after vocab_size that the embedding has and the logits have not: the mask of duo."""
-        return 1 if self.model_type == 'duo' and self.duo_fill_weight else 0
+        """Ids after vocab_size that the embedding has: the mask of duo and of diffusion."""
+        return 1 if self.model_type == 'diffusion' or (self.model_type == 'duo' and self.duo_fill_weight) else 0
+
+    @property
+    def n_logits(self):
+        """Columns of the logits: every id that has text, and [MASK] where it is an answer."""
+        return self.vocab_size + (self.model_type == 'diffusion')
 
 
 class KVCache:
@@ -288,13 +306,15 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         H, D = config.n_head, config.n_embd // config.n_head
-        if config.rotating_head == 'lr':
+        rates = 10000.0 ** (-torch.arange(0, D, 2) / D)
+        if config.model_type != 'rotating':
+            self.register_buffer('frequencies', rates.repeat(H, 1), persistent=False)  # the same for every head
+        elif config.rotating_head == 'lr':
             self.frequencies = nn.Parameter(torch.randn(H, D // 2))
         else:
-            rates = 10000.0 ** (-torch.arange(0, D, 2) / D)
             self.register_buffer('frequencies', torch.logspace(0, -1, H)[:, None] * rates)  # heads from 1 to 0.1
         self.layer_norm = nn.LayerNorm(D // 2) if config.use_norm else None
-        fixed = config.rotating_head == 'gp' and not config.use_norm
+        fixed = not config.use_norm and not isinstance(self.frequencies, nn.Parameter)
         self.register_buffer('table', self.angles(0, config.block_size) if fixed else None, persistent=False)
 
     def angles(self, start, end):
@@ -335,14 +355,14 @@ class CausalSelfAttention(nn.Module):
             self._build_drift_diffusion(config)
         elif config.model_type == 'heat':
             self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
-        elif config.model_type == 'rotating':
+        elif config.has_rotary:
             self.rope = RotaryEmbedding(config)
 
     def forward(self, x, cache=None, ahead=None):
         """x (B, T, C) -> (B, T, C). `ahead` is for duo: see `_masks`."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if self.config.model_type == 'rotating':
+        if self.config.has_rotary:
             q, k = self.rope(q, k, 0 if cache is None else cache.length)
         if cache is not None:
             assert T == 1 or cache.length == 0, 'a cache is filled by one prompt, then by one token at a time'
@@ -360,9 +380,11 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def _attend(self, q, k, v, scale=None):
-        """Causal attention of q (B, H, Tq, D), which are the last of the positions of k, v (B, H, Tk, D)."""
+        """Attention of q (B, H, Tq, D), which are the last of the positions of k, v (B, H, Tk, D), to what comes before;
+        with diffusion to everything."""
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
+        causal = self.config.model_type != 'diffusion' and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale)
 
     # -- dd -------------------------------------------------------------------------------------------------------------
 
@@ -421,12 +443,7 @@ class CausalSelfAttention(nn.Module):
         M = ahead.size(1)
         (q, q_mask), (k, k_mask), (v, v_mask) = (x.split((M + 1, M), dim=2) for x in (q, k, v))
         y = self._attend(q, k, v)
-        if self.config.published:
-            k_ahead, v_ahead = k[:, :, 1:], v[:, :, 1:]
-        else:
-            C = H * D
-            bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
-            k_ahead, v_ahead = F.linear(ahead, self.c_attn.weight[C:], bias).view(B, M, 2, H, D).permute(2, 0, 3, 1, 4)
+        k_ahead, v_ahead = self._look_ahead(k, v, ahead)
         q_mask = q_mask / math.sqrt(D)
         scores = torch.stack([(q_mask * other).sum(-1, dtype=torch.float32) for other in (k_mask, k_ahead)], dim=-1)
         together = high_and_low(scores.logsumexp(-1, keepdim=True), q.dtype)  # (B, H, T-1, 1)
@@ -437,6 +454,16 @@ class CausalSelfAttention(nn.Module):
         found = self._attend(widen(q_mask, *together), keys, values, scale=1.0)
         extra = shared[..., :1] * v_mask + shared[..., 1:] * v_ahead
         return torch.cat((y, found[..., :D] + found[..., D:D + 1] * extra), dim=2)
+
+
+    def _look_ahead(self, k, v, ahead):
+        """Keys and values (B, H, T-1, D) of the next token, for the mask before it."""
+        if self.config.published:
+            return k[:, :, 1:], v[:, :, 1:]
+        B, M, C = ahead.shape
+        bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
+        both = F.linear(ahead, self.c_attn.weight[C:], bias)
+        return both.view(B, M, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -485,6 +512,8 @@ class GPT(nn.Module):
         ))
         self.lm_head = Linear(config.n_embd, padded, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        if config.model_type == 'diffusion' and config.positions == 'rotary':
+            del self.transformer['wpe']
         if config.model_type == 'parallel' and config.parallel_merge == 'concat':
             self.transformer.bottleneck = Linear(2 * config.n_embd, config.n_embd)
         self.apply(self._init_weights)
@@ -507,7 +536,8 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Parameters, without the position table (nanoGPT's count)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        positions = self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
+        return sum(p.numel() for p in self.parameters()) - positions
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
@@ -525,7 +555,7 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         T = idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} tokens do not fit block_size {self.config.block_size}'
-        positions = self.transformer.wpe.weight[start:start + T]
+        positions = self.transformer.wpe.weight[start:start + T] if 'wpe' in self.transformer else 0
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         ahead = None
         if fill and T > 1:
@@ -564,22 +594,22 @@ class GPT(nn.Module):
         return block(x, None, ahead)
 
     def head(self, x):
-        """Hidden states (..., C) -> logits (..., vocab_size), the padding cut off."""
-        return self.lm_head(x)[..., :self.config.vocab_size]
+        """Hidden states (..., C) -> logits (..., n_logits), the padding cut off."""
+        return self.lm_head(x)[..., :self.config.n_logits]
 
     def forward(self, idx, targets=None, weights=None, return_logits=True):
         """idx, targets, weights (B, T) -> logits, loss.
 
-        With targets the logits are those of every position, (B, T, vocab_size); return_logits=False leaves them None
+        With targets the logits are those of every position, (B, T, n_logits); return_logits=False leaves them None
         and is faster by far where the vocabulary is large. Without targets: logits of the last position, (B, 1,
-        vocab_size), and None."""
+        n_logits), or with diffusion of every one, and None."""
         x = self.trunk(idx, fill=targets is not None and targets.size(1) > idx.size(1))
         if targets is None:
-            return self.head(x[:, [-1]]), None
+            return self.head(x if self.config.model_type == 'diffusion' else x[:, [-1]]), None
         if return_logits:
             logits = self.head(x)
             return logits, self.objective.loss(logits, targets, weights)
-        return None, self.objective.head_loss(x, self.lm_head.weight, self.config.vocab_size, targets, weights)
+        return None, self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, targets, weights)
 
     def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
@@ -591,9 +621,9 @@ class GPT(nn.Module):
 
     @property
     def causal(self):
-        """Whether a later token changes nothing of an earlier one: the published adaptive heat looks ahead."""
+        """Whether a later token changes nothing of an earlier one: diffusion and published adaptive heat look ahead."""
         c = self.config
-        return not (c.model_type == 'heat' and c.heat_t == 'adaptive' and c.published)
+        return not (c.model_type == 'diffusion' or (c.model_type == 'heat' and c.heat_t == 'adaptive' and c.published))
 
     # -- optimizer ------------------------------------------------------------------------------------------------------
 
@@ -629,6 +659,27 @@ class GPT(nn.Module):
             fresh = column.clone()[:, None]  # an ordinary tensor: no other may meet autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
             yield fresh[:, 0]
+
+    def generate_diffusion(self, idx, max_steps=25, temperature=0.8, top_k=200, seed=None, **options):
+        """Token ids (B, T), [MASK] (= vocab_size) where they are open -> the same filled in; what is fixed stays as it is.
+
+        `options` are those of RefineConfig; raises UserError where they contradict each other or the objective."""
+        config = RefineConfig(max_steps=max_steps, temperature=temperature, top_k=top_k, **options)
+        for step in self.refine(idx, config, seed):
+            idx = step.ids.clone()  # an ordinary tensor
+        return idx
+
+    def refine(self, idx, config, seed=None):
+        """Yields a refinement.Step for each step of filling in idx (B, T)."""
+        refuse_undefined(config, self.config)
+        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        steps = refine(self.trunk, self.head, idx, self.config.vocab_size, config, rng)
+        while True:
+            with torch.inference_mode():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def _packed(self, rows):
         """{linear: a faster way to its product with so many rows}, where there is one: on a CPU, in float32."""

@@ -19,13 +19,15 @@ LOGITS_PER_CHUNK = 2 ** 25  # how many logits the fused head holds at once: larg
 @dataclass(frozen=True)
 class Objective:
     """
-    make_batch: (tokens (B, window) int64, rng torch.Generator) -> X, Y, W; W is None or the loss weight of each target.
-    head_loss: (x (B, T, C), head weight (Vp, C), vocab_size, Y, W) -> the mean loss, logits never held all at once.
+    make_batch: (tokens (B, window) int64, rng torch.Generator, part) -> X, Y, W; W is None or the loss weight of each
+        target; part = (i, n) says that this is micro-batch i of the n of an iteration, over all ranks.
+    head_loss: (x (B, T, C), head weight (Vp, C), n_logits, Y, W) -> the mean loss, logits never held all at once.
     loss: (logits (B, T, V), Y, W) -> the same mean loss from logits.
     metrics: (model, X, Y, W) -> {name: sum over positions, a float64 tensor of any shape}, which `add` adds up.
     summary: such sums -> {name: number}, what evaluation reports.
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
+    eval_batch: make_batch of evaluation, where it differs.
     """
     make_batch: Callable
     head_loss: Callable
@@ -34,22 +36,38 @@ class Objective:
     summary: Callable
     window: Callable
     val_metric: str
+    eval_batch: Callable | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # next-token prediction
 
-def next_token_batch(tokens, rng):
+def next_token_batch(tokens, rng, part=(0, 1)):
     """tokens (B, T+1) -> X (B, T), Y (B, T): at every position the token that follows."""
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None
 
 
-def cross_entropy(logits, targets, weights=None):
-    """Mean over the counted positions of weight * cross entropy, in float32. logits (B, T, V), targets (B, T)."""
+def ignoring(make_batch, ids):
+    """`make_batch` with the targets that are part of this sequence of ids left out."""
+    def batch(tokens, rng, part=(0, 1)):
+        X, Y, W = make_batch(tokens, rng, part)
+        n, hits = len(ids), torch.zeros(Y.shape, dtype=torch.bool)
+        found = (Y.unfold(1, n, 1) == torch.tensor(ids)).all(-1)  # where the sequence starts, (B, T-n+1)
+        for i in range(n):
+            hits[:, i:i + found.size(1)] |= found
+        return X, Y.masked_fill(hits, IGNORE), W
+    return batch
+
+
+def cross_entropy(logits, targets, weights=None, flag=None):
+    """Mean over the counted positions of weight * cross entropy, in float32. logits (B, T, V), targets (B, T).
+
+    With `flag`, an id, only the weights of positions whose likeliest id it is count; elsewhere the weight is 1."""
     logits, targets = logits.float().flatten(0, -2), targets.flatten()
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction='none')
     if weights is not None:
-        losses = losses * weights.flatten()
+        weights = weights.flatten()
+        losses = losses * (weights if flag is None else torch.where(logits.argmax(-1) == flag, weights, 1.0))
     return losses.sum() / (targets != IGNORE).sum().clamp(min=1)
 
 
@@ -64,8 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, vocab_size, targets, weights):
-        """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None."""
+    def forward(ctx, x, weight, vocab_size, targets, weights, flag):
+        """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None; for flag see
+        `cross_entropy`."""
         N, Vp = len(x), len(weight)
         n = min(N, max(1, LOGITS_PER_CHUNK // Vp))
         W = weight.to(x.dtype)
@@ -86,6 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(product[:m])
             logits[:, vocab_size:] = -math.inf  # the padding has no text and no probability
             top, at_target = logits.amax(1, keepdim=True), logits.gather(1, y[rows, None])
+            if flag is not None:
+                w[rows] = torch.where(logits[:, flag] == top[:, 0], w[rows], (targets[rows] != IGNORE).float())
             e = logits.sub_(top).exp_()
             s = e.sum(1, keepdim=True)
             losses[rows] = (top + s.log() - at_target).squeeze(1) * w[rows]
@@ -102,10 +123,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dW = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dW * grad, None, None, None
+        return dx * grad.to(dx.dtype), dW * grad, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, vocab_size, targets, weights=None):
+def linear_cross_entropy(x, weight, vocab_size, targets, weights=None, flag=None):
     """`cross_entropy` of the logits x @ weight[:vocab_size]^T without ever holding them whole. x (B, T, C), targets (B, T).
 
     Follows autocast: the matrix products run in its type, softmax and sums in float32."""
@@ -113,7 +134,7 @@ def linear_cross_entropy(x, weight, vocab_size, targets, weights=None):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     targets = targets.flatten()
     weights = None if weights is None else weights.flatten()
-    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, vocab_size, targets, weights)
+    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, vocab_size, targets, weights, flag)
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
@@ -155,7 +176,8 @@ def means(sums):
     for name in sums:
         kind = max((k for k in kinds if name.startswith(k)), key=len)
         if name != f'{kind}count':
-            found[name] = float(sums[name]) / float(sums[f'{kind}count'])
+            count = float(sums[f'{kind}count'])
+            found[name] = float(sums[name]) / count if count else math.nan
     return found
 
 
@@ -167,7 +189,7 @@ NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entro
 # ---------------------------------------------------------------------------------------------------------------------
 # duo: the next token, and the token that a mask stands for
 
-def duo_batch(tokens, rng, fill_weight):
+def duo_batch(tokens, rng, part=(0, 1), *, fill_weight):
     """tokens (B, T+1) -> X (B, T); Y, W (B, 2T-1): the next token of all T, then of the T-1 masks the token they hide.
 
     The weights, 1 and fill_weight, are divided by their mean, so that the loss is a mean over both kinds."""
@@ -185,6 +207,168 @@ def duo_metrics(model, X, Y, W=None):
     return sum_in_chunks(model, x[:, :T], Y[:, :T]) | {f'fill_{name}': total for name, total in fill.items()}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# masked diffusion. mask is the id of [MASK]: as many as there are ids with text
+
+LEVELS = (20, 40, 60, 80, 100)  # per cent of a sequence that is corrupted, at most
+LEAST_TIME = 1e-3
+MOST_CORRUPTED = 0.99
+
+
+def ranks(shape, rng):
+    """A random permutation of the positions of each row, (B, T)."""
+    return torch.rand(shape, generator=rng).argsort(1).argsort(1)
+
+
+def weights_of_flags(X, Y, mask, penalty_keep_mask, penalty_mask_correct):
+    """The weight (B, T) of the loss where the answer is [MASK]: for a masked token, for a right one; 1 for a wrong one."""
+    W = torch.ones(X.shape, device=X.device)
+    W[X == mask] = penalty_keep_mask
+    W[(X == Y) & (X != mask)] = penalty_mask_correct
+    return W
+
+
+def repair_batch(tokens, rng, part=(0, 1), *, mask, penalty_keep_mask, penalty_mask_correct):
+    """tokens (B, T) -> X, Y, W (B, T). Of each sequence a random share is masked, to be filled in; a random share of the
+    others is replaced by any other token, to be answered with [MASK]; the rest is to be kept."""
+    T = tokens.size(1)
+    u = torch.rand(2, len(tokens), 1, generator=rng)
+    rate_mask = MOST_CORRUPTED * u[0]
+    rate_random = (MOST_CORRUPTED - rate_mask) * u[1]
+    n_mask, n_random = (T * rate_mask).floor(), (T * rate_random).floor()
+    rank = ranks(tokens.shape, rng)
+    masked = rank < n_mask
+    replaced = ~masked & (rank < n_mask + n_random)
+    others = (tokens + torch.randint(1, mask, tokens.shape, generator=rng)) % mask
+    X = torch.where(replaced, others, tokens).masked_fill(masked, mask)
+    Y = tokens.masked_fill(replaced, mask)
+    return X, Y, weights_of_flags(X, Y, mask, penalty_keep_mask, penalty_mask_correct)
+
+
+def nelbo_batch(tokens, rng, part=(0, 1), *, mask):
+    """tokens (B, T) -> X, Y, W (B, T): each token masked with probability t and weighted by 1/t, t stratified over all
+    sequences of the iteration. Sahoo et al., arXiv 2406.07524, equation 10."""
+    B, (i, n) = len(tokens), part
+    numbers = torch.arange(i * B, i * B + B)[:, None]
+    t = LEAST_TIME + (1 - LEAST_TIME) * ((torch.rand(B, 1, generator=rng) + numbers) / (n * B)).frac()
+    masked = torch.rand(tokens.shape, generator=rng) < t
+    return tokens.masked_fill(masked, mask), tokens, masked / t
+
+
+def count_batch(tokens, rng, part=(0, 1), *, mask):
+    """tokens (B, T) -> X, Y, W (B, T): exactly l masked, l uniform on 1 to T and spread over the batch, weight T/l. The
+    expected mean of W * cross entropy is an upper bound of -log p(tokens) / T. LLaDA: Nie et al., arXiv 2502.09992."""
+    B, T = tokens.shape
+    start = torch.rand(1, generator=rng, dtype=torch.float64)
+    share = (start + torch.arange(B, dtype=torch.float64) / B).frac()[:, None]
+    count = 1 + (T * share).floor()
+    masked = ranks(tokens.shape, rng) < count
+    return tokens.masked_fill(masked, mask), tokens, (masked * T / count).float()
+
+
+def both_batches(tokens, rng, part=(0, 1), *, repair, count):
+    """For evaluation: the rows of the one and then those of the other."""
+    parts = zip(repair(tokens, rng, part), count(tokens, rng, part))
+    return tuple(torch.cat(pair) for pair in parts)
+
+
+def without_mask(loss):
+    """`loss` with the logit of [MASK], the last one, left out of the softmax."""
+    if loss is cross_entropy:
+        return lambda logits, Y, W=None: cross_entropy(logits[..., :-1], Y, W)
+    return lambda x, weight, n_logits, Y, W=None: linear_cross_entropy(x, weight, n_logits - 1, Y, W)
+
+
+def answers(model, x, targets, columns):
+    """Cross entropy and likeliest id, (N,), of hidden states x (N, C) against targets (N,), over so many logits."""
+    rows = max(1, LOGITS_PER_CHUNK // columns)
+    found = []
+    for part, y in zip(x.split(rows), targets.split(rows)):
+        logits = model.head(part)[:, :columns].float()
+        found.append((F.cross_entropy(logits, y, reduction='none'), logits.argmax(-1)))
+    return [torch.cat(part) for part in zip(*found)]
+
+
+def by_level(kind, where, level, **values):
+    """Sums of values (B, T) over the positions `where` (B, T): of all rows, and of those of each noise level (B,)."""
+    found = {}
+    for name, rows in [('', torch.ones_like(level, dtype=torch.bool))] + [(f'{p}_', level == p) for p in LEVELS]:
+        here = where & rows[:, None]
+        found |= {f'{kind}_{name}{key}': value[here].cpu().double().sum() for key, value in values.items()}
+        found[f'{kind}_{name}count'] = here.cpu().double().sum()
+    return found
+
+
+def level_of(corrupted):
+    """The noise level (B,), one of LEVELS, of rows with these corrupted positions (B, T)."""
+    share = 100 * corrupted.sum(1) / corrupted.size(1)
+    return torch.tensor(LEVELS, device=share.device)[torch.bucketize(share, torch.tensor(LEVELS, device=share.device))]
+
+
+def bound_sums(model, x, X, Y, W, mask):
+    """Sums for the bound, from hidden states x (B, T, C) of rows of `count_batch`."""
+    masked = X == mask
+    losses, top = torch.zeros_like(W), torch.full_like(Y, mask)
+    ce, best = answers(model, x[masked], Y[masked], mask)
+    losses[masked], top[masked] = ce, best
+    bound = (losses * W).mean(1).cpu().double()  # of each sequence, in nats per token
+    sums = {'nelbo': bound.sum(), 'nelbo_squared': bound.square().sum(), 'nelbo_count': torch.tensor(float(len(bound)))}
+    correct = (top == Y).cpu() & masked.cpu()
+    sums |= {'accuracy': correct.double().sum(), 'count': masked.cpu().double().sum()}
+    return sums | by_level('masked', masked, level_of(masked), loss=losses)
+
+
+def repair_sums(model, x, X, Y, W, mask):
+    """Sums of what the repair objective teaches, from hidden states x (B, T, C) of rows of `repair_batch`."""
+    ce, best = (found.view(X.shape) for found in answers(model, x.flatten(0, 1), Y.flatten(), mask + 1))
+    masked, replaced, said = X == mask, Y == mask, best == mask
+    weighted = ce * torch.where(said, W, 1.0)
+    level = level_of(masked | replaced)
+    sums = {'repair_loss': weighted.cpu().double().sum(), 'repair_count': torch.tensor(float(X.numel()))}
+    sums |= by_level('fill', masked, level, loss=ce)
+    sums |= by_level('flag', replaced, level, loss=ce, hits=said)
+    sums |= by_level('keep', ~masked & ~replaced, level, loss=ce, alarms=said)
+    return sums
+
+
+def diffusion_metrics(model, X, Y, W, repair):
+    """Of rows of `both_batches`, or of `count_batch` alone."""
+    x, mask, n = model.trunk(X), model.config.vocab_size, len(X) // 2 if repair else 0
+    sums = bound_sums(model, x[n:], X[n:], Y[n:], W[n:], mask)
+    return sums | (repair_sums(model, x[:n], X[:n], Y[:n], W[:n], mask) if repair else {})
+
+
+def diffusion_summary(sums):
+    """Means; the standard error of the bound; of the flags precision and recall in place of hits and false alarms."""
+    found = means(sums)
+    n = float(sums['nelbo_count'])
+    found['nelbo_stderr'] = math.sqrt(max(0.0, found.pop('nelbo_squared') - found['nelbo'] ** 2) / n)
+    for name in [name for name in found if name.endswith('_hits')]:
+        level = name.removeprefix('flag_').removesuffix('hits')
+        hits, alarms = float(sums[name]), float(sums[f'keep_{level}alarms'])
+        found[f'flag_{level}recall'] = found.pop(name)
+        found[f'flag_{level}precision'] = hits / (hits + alarms) if hits + alarms else math.nan
+        del found[f'keep_{level}alarms']
+    return found
+
+
+@torch.no_grad()
+def nelbo(model, tokens, draws, rng):
+    """The bound on -log p of token ids (B, T), in nats per token, and its standard error over B * draws terms."""
+    parts = []
+    for _ in range(draws):
+        X, Y, W = (t.to(tokens.device) for t in count_batch(tokens.cpu(), rng, mask=model.config.vocab_size))
+        parts.append(bound_sums(model, model.trunk(X), X, Y, W, model.config.vocab_size))
+    found = diffusion_summary(add(parts))
+    return found['nelbo'], found['nelbo_stderr']
+
+
+def diffusion_loss_function(logits, targets, inputs, mask_token_id, penalty_keep_mask=0.25, penalty_mask_correct=0.5):
+    """The loss of the repair objective from logits (B, T, V+1), targets and inputs (B, T)."""
+    W = weights_of_flags(inputs, targets, mask_token_id, penalty_keep_mask, penalty_mask_correct)
+    return cross_entropy(logits, targets, W, flag=mask_token_id)
+
+
 def next_token(config):
     return NEXT_TOKEN
 
@@ -196,8 +380,23 @@ def duo(config):
     return replace(NEXT_TOKEN, make_batch=partial(duo_batch, fill_weight=config.duo_fill_weight), metrics=duo_metrics)
 
 
+def diffusion(config):
+    mask = config.vocab_size
+    count = partial(count_batch, mask=mask)
+    common = dict(summary=diffusion_summary, window=lambda block_size: block_size, val_metric='nelbo')
+    if config.diffusion_objective == 'nelbo':
+        return Objective(make_batch=partial(nelbo_batch, mask=mask), head_loss=without_mask(linear_cross_entropy),
+                         loss=without_mask(cross_entropy), metrics=partial(diffusion_metrics, repair=False),
+                         eval_batch=count, **common)
+    repair = partial(repair_batch, mask=mask, penalty_keep_mask=config.penalty_keep_mask,
+                     penalty_mask_correct=config.penalty_mask_correct)
+    return Objective(make_batch=repair, head_loss=partial(linear_cross_entropy, flag=mask),
+                     loss=partial(cross_entropy, flag=mask), metrics=partial(diffusion_metrics, repair=True),
+                     eval_batch=partial(both_batches, repair=repair, count=count), **common)
+
+
 OBJECTIVES = {'gpt2': next_token, 'dd': next_token, 'heat': next_token, 'rotating': next_token, 'parallel': next_token,
-              'duo': duo}
+              'duo': duo, 'diffusion': diffusion}
 
 
 def get_objective(config):

@@ -83,14 +83,16 @@ class RunLog:
                   flush=True)
 
     def evaluation(self, metrics):
-        """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well."""
-        if self.trainer.objective.val_metric == 'loss':
+        """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well. What has a number in
+        its name is a detail for metrics.jsonl."""
+        if self.trainer.objective.val_metric in ('loss', 'nelbo'):
             val = self.trainer.meta['splits']['val']
-            metrics['val_bits_per_byte'] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
+            name = 'val_bits_per_byte' + '_bound' * (self.trainer.objective.val_metric == 'nelbo')
+            metrics[name] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
         self._write(metrics)
         self.trainer.say(f'iter {self.trainer.iter_num}: ' +
                          ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()
-                                   if isinstance(value, float)))
+                                   if isinstance(value, float) and not any(c.isdigit() for c in name)))
 
     def close(self):
         self.bar.close()

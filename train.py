@@ -60,6 +60,7 @@ class TrainConfig:
     beta1: float = option(0.9, 'AdamW beta1')
     beta2: float = option(0.95, 'AdamW beta2')
     grad_clip: float = option(1.0, 'gradient norm to clip at; 0 does not clip')
+    ema: float = option(0.0, 'decay of a moving average of the weights, which is evaluated and sampled; 0 has none')
     # learning rate schedule
     decay_lr: bool = option(True, 'False keeps learning_rate throughout, without warmup')
     lr_schedule: str = option('cosine', 'how the rate falls after warmup', SCHEDULES)
@@ -88,7 +89,7 @@ class TrainConfig:
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}, and finite')
-        for name in ('beta1', 'beta2', 'warmup_ratio'):
+        for name in ('beta1', 'beta2', 'warmup_ratio', 'ema'):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0 and below 1')
         if not 0 <= self.seed < 2 ** 63:
@@ -127,6 +128,35 @@ class Schedule:
         return c.min_lr + left * (c.learning_rate - c.min_lr)
 
 
+class Average:
+    """An exponential moving average of a model's parameters; inside `with average:` the model has them for its own."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay = model, decay
+        self.parameters = list(model.parameters())
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    def update(self, iter_num):
+        """After each iteration; the first ones count for less, so that the initial weights are soon forgotten."""
+        decay = min(self.decay, (1 + iter_num) / (10 + iter_num))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    def state(self):
+        """The model's state dict, as it is with the averages."""
+        with self:
+            return self.model.state_dict()
+
+    def load(self, state):
+        with self:
+            self.model.load_state_dict(state)
+
+    def _swap(self, *_):
+        for i, p in enumerate(self.parameters):
+            self.values[i], p.data = p.data, self.values[i]
+
+    __enter__ = __exit__ = _swap
+
+
 class Trainer:
     """One run: model, optimizer, data and log, and the loop over them.
 
@@ -154,6 +184,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.decay_groups(config.weight_decay), lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), fused=ranks.device.type != 'mps')
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == 'float16')
+        self.average = Average(self.model, config.ema) if config.ema else None
         if resumed is not None:
             self._restore(resumed)
         self.network = self._wrap(self.model)
@@ -203,7 +234,7 @@ class Trainer:
         elif os.path.isdir(c.init_from):
             source = checkpoint.load(checkpoint.find(c.init_from))
             refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
-            model_args, weights = source['model_args'], source['model']
+            model_args, weights = source['model_args'], source.get('ema') or source['model']
             rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
             self.parents = [source['run_id'], *source['parents']]
         else:
@@ -228,7 +259,8 @@ class Trainer:
     def state(self, random_states):
         """Everything that resuming needs, as tensors and plain values."""
         return {
-            'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'model': self.model.state_dict(), 'ema': self.average.state() if self.average else {},
+            'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
             'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
@@ -242,6 +274,8 @@ class Trainer:
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         self.model.load_state_dict(state['model'])
+        if self.average:
+            self.average.load(state.get('ema') or state['model'])
         settings = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
         for group, now in zip(self.optimizer.param_groups, settings):
@@ -345,7 +379,8 @@ class Trainer:
         windows = self.windows['train']
         tokens = windows.read(windows.offsets(range(micro * B, (micro + 1) * B)))
         rng = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, micro))
-        return self._to_device(self.objective.make_batch(tokens, rng))
+        steps = self.config.gradient_accumulation_steps
+        return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
 
     def _to_device(self, tensors):
         device = self.ranks.device
@@ -379,6 +414,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.iter_num += 1
+        if self.average:
+            self.average.update(self.iter_num)
         if self.log:
             self.log.step(total, lr, float(norm), time.perf_counter() - started)
 
@@ -402,13 +439,15 @@ class Trainer:
         c, windows, model = self.config, self.windows[split], self.model
         batches = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
         batches = [batches[i:i + c.batch_size] for i in range(0, len(batches), c.batch_size)]
+        make_batch = self.objective.eval_batch or self.objective.make_batch
         sums = {}  # {number of the batch: {name: sum}}
         model.eval()
-        for i in range(self.ranks.rank, len(batches), self.ranks.world_size):
-            rng = torch.Generator().manual_seed(derive_seed(4, i))
-            batch = self._to_device(self.objective.make_batch(windows.read(batches[i]), rng))
-            with autocast(self.ranks.device, self.dtype):
-                sums[i] = {name: total.cpu() for name, total in self.objective.metrics(model, *batch).items()}
+        with self.average or nullcontext():
+            for i in range(self.ranks.rank, len(batches), self.ranks.world_size):
+                rng = torch.Generator().manual_seed(derive_seed(4, i))
+                batch = self._to_device(make_batch(windows.read(batches[i]), rng))
+                with autocast(self.ranks.device, self.dtype):
+                    sums[i] = {name: total.cpu() for name, total in self.objective.metrics(model, *batch).items()}
         model.train()
         everyones = {i: found for rank in self.ranks.gather(sums) for i, found in rank.items()}
         return self.objective.summary(add([everyones[i] for i in sorted(everyones)]))

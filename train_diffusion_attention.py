@@ -23,7 +23,7 @@ from calibration import calibration, calibration_sums
 from configurator import UserError, build, option, read_values, run
 from machine import setup_ranks
 from model import GPTConfig
-from objectives import IGNORE, NEXT_TOKEN, means, prediction_sums, sum_in_chunks
+from objectives import IGNORE, NEXT_TOKEN, ignoring, means, prediction_sums, sum_in_chunks
 from prepare import load_meta
 from tokenizer import tokenizer_from_meta
 from train import TrainConfig, Trainer
@@ -69,21 +69,9 @@ class ExperimentConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # what is learned and what is measured
 
-def shifted_batch(tokens, rng):
+def shifted_batch(tokens, rng, part=(0, 1)):
     """tokens (B, T+2) -> X, Y (B, T) as published: at every position the token after the next one."""
     return tokens[:, :-2].contiguous(), tokens[:, 2:].contiguous(), None
-
-
-def ignoring(make_batch, ids):
-    """`make_batch` with the targets that are part of this sequence of ids left out."""
-    def batch(tokens, rng):
-        X, Y, W = make_batch(tokens, rng)
-        n, hits = len(ids), torch.zeros(Y.shape, dtype=torch.bool)
-        found = (Y.unfold(1, n, 1) == torch.tensor(ids)).all(-1)  # where the sequence starts, (B, T-n+1)
-        for i in range(n):
-            hits[:, i:i + found.size(1)] |= found
-        return X, Y.masked_fill(hits, IGNORE), W
-    return batch
 
 
 def measure(model, X, Y, W, published):

@@ -62,3 +62,26 @@ def test_both_sides_learn_the_same(tmp_path):
 def test_a_wrong_path_is_one_line():
     done = run_script('bench.py', *TINY, '--against=nowhere', check=False)
     assert done.returncode == 2 and 'model.py' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_the_types_beside_gpt2():
+    words = [*TINY, '--n_layer=2', '--part=types', '--variants=gpt2,parallel mean,duo']
+    found = json.loads(run_script('bench.py', *words).stdout.splitlines()[-1])
+    assert list(found['types']) == list(found['peak_MiB']) == ['gpt2', 'parallel mean', 'duo']
+    assert found['types']['gpt2']['ratio'] == 1 and found['types']['duo']['ratio'] > 0
+    done = run_script('bench.py', *TINY, '--part=types', '--variants=gpt3', check=False)
+    assert done.returncode == 2 and 'heat adaptive' in done.stderr
+
+
+def test_duo_dense_is_duo():
+    import torch
+
+    import bench
+    from model import GPTConfig
+    sizes = GPTConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=16)
+    X, Y = torch.randint(30, (2, 16)), torch.randint(30, (2, 31))
+    losses = []
+    for name in ('duo', 'duo dense'):
+        side = bench.type_side(name, bench.BenchConfig(compile=False), sizes, torch.device('cpu'), 'float32')
+        losses.append(side.model(X, Y)[1].item())
+    assert abs(losses[0] - losses[1]) < 1e-5

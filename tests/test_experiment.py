@@ -10,10 +10,11 @@ import checkpoint
 import plot_results
 import prepare
 import train_diffusion_attention as experiment
-from calibration import BINS, calibration, calibration_sums
+from calibration import BINS, calibration, calibration_sums, fit_temperature, score
+from calibration import main as calibration_main
 from configurator import UserError
 from model import GPT, GPTConfig
-from objectives import IGNORE, add
+from objectives import IGNORE, add, ignoring
 
 SMALL = ['--n_layers=2', '--d_model=16', '--d_ff=40', '--n_heads=2', '--seq_len=16', '--batch_size=4', '--eval_iters=2',
          '--eval_interval=2', '--max_iters=4', '--device=cpu', '--compile=False']
@@ -78,6 +79,45 @@ def test_certainty_and_its_opposite():
     assert found['ece'] == 1 and found['brier'] == 2 and found['overconfidence'] == 1 and found['entropy'] == 0
 
 
+def slow_loss(logits, targets, temperature):
+    """Mean cross entropy over the counted positions, in float64."""
+    losses = [(row / temperature).log_softmax(-1)[t].neg().item() for row, t in zip(logits.double(), targets) if t != IGNORE]
+    return sum(losses) / len(losses)
+
+
+def test_the_fitted_temperature_is_the_best_one():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=1, n_embd=8)).eval()
+    pieces = []
+    for factor in (3.0, 6.0):  # hidden states whose logits are too sure of themselves
+        x = torch.randn(5, 8, 8) * factor * 20
+        y = torch.distributions.Categorical(logits=model.head(x).detach() / 4).sample()
+        y[0, :3] = IGNORE
+        pieces.append((x, y))
+    found = fit_temperature(model, pieces)
+    logits = torch.cat([model.head(x).detach().flatten(0, 1) for x, _ in pieces])
+    targets = torch.cat([y.flatten() for _, y in pieces])
+    best = min((1 + i / 50 for i in range(300)), key=lambda t: slow_loss(logits, targets, t))
+    assert found == pytest.approx(best, abs=0.03) and 2.5 < found < 6
+    assert score(model, pieces, found)['loss'] == pytest.approx(slow_loss(logits, targets, found), rel=1e-5)
+
+
+def test_a_checkpoint_is_scored_on_one_half_and_scaled_by_the_other(go, tmp_path, capsys):
+    folder = go('--max_iters=12', '--lr=1e-2')
+    calibration_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last'])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found['temperature'] > 0 and found['temperature'] != 1
+    assert found['as_it_is']['accuracy'] == found['scaled']['accuracy']  # no temperature changes the likeliest token
+    assert found['as_it_is']['ece'] != found['scaled']['ece']
+    before = found['as_it_is']
+    calibration_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', '--ignore_text=e'])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['as_it_is']['loss'] > before['loss']
+    (tmp_path / 'a.txt').write_text(pseudo_text(2000))
+    prepare.main([f'--input={tmp_path}/a.txt', '--name=other', '--tokenizer=char', f'--data_dir={tmp_path}'])
+    with pytest.raises(UserError, match='tokenizer'):
+        calibration_main([f'--out_dir={folder}', f'--data={tmp_path}/other_char'])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is learned
 
@@ -97,7 +137,7 @@ def test_the_published_labels_are_shifted_twice_and_scored_once():
 
 
 def test_ignored_text_leaves_its_own_targets_out():
-    batch = experiment.ignoring(lambda tokens, rng: (tokens[:, :-1], tokens[:, 1:], None), [7, 8])
+    batch = ignoring(lambda tokens, rng, part: (tokens[:, :-1], tokens[:, 1:], None), [7, 8])
     tokens = torch.tensor([[0, 7, 8, 7, 1, 7, 8, 8], [7, 8, 7, 7, 8, 9, 8, 7]])
     _, Y, _ = batch(tokens, None)
     i = IGNORE

@@ -1,0 +1,322 @@
+"""The samplers of masked diffusion, on sources that can be enumerated and against slow versions of themselves."""
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from refinement import ETA, REMASKS, STRATEGIES, RefineConfig, draw, keep_likely, refine
+
+ORDERS = [s for s in STRATEGIES if s != 'naive']
+PAIRS = [(s, 'none') for s in STRATEGIES] + [(s, 'flag') for s in ORDERS] + \
+    [('ancestral', r) for r in REMASKS if r.startswith('remdm')]
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(model_type='diffusion', block_size=16, vocab_size=7, n_layer=1, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(40)  # opinions
+    return model
+
+
+def run(model, ids, config, seed=0, use_cache=True):
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return list(refine(model.trunk, model.head, ids, model.config.vocab_size, config, rng, use_cache))
+
+
+def open_canvas(rows=3, length=12, mask=7):
+    return torch.full((rows, length), mask)
+
+
+def config_of(strategy, remask='none', **options):
+    return RefineConfig(**dict(strategy=strategy, remask=remask, max_steps=5, temperature=1.0, top_k=0) | options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what holds for every strategy
+
+@pytest.mark.parametrize('strategy, remask', PAIRS)
+@pytest.mark.parametrize('block_length', [0, 3])
+def test_given_tokens_stay_and_nothing_is_left_open(model, strategy, remask, block_length):
+    ids = open_canvas()
+    ids[:, :2] = torch.tensor([3, 6])
+    ids[:, 6] = 0
+    eta = 0.3 if 'remdm' in remask else -1
+    config = config_of(strategy, remask, block_length=block_length, flag_threshold=0.05, eta=eta)
+    for seed in range(3):
+        end = run(model, ids, config, seed)[-1].ids
+        fixed = ids != 7
+        assert (end[fixed] == ids[fixed]).all()
+        assert end.max() < 7 and end.min() >= 0
+
+
+@pytest.mark.parametrize('strategy, remask', PAIRS)
+def test_a_row_that_has_not_changed_need_not_be_run_again(model, strategy, remask):
+    config = config_of(strategy, remask, max_steps=40, flag_threshold=0.2)
+    cached, uncached = (run(model, open_canvas(), config, 1, use_cache) for use_cache in (True, False))
+    assert [s.ids.tolist() for s in cached] == [s.ids.tolist() for s in uncached]
+    assert (cached[-1].passes <= uncached[-1].passes).all()
+    if strategy == 'ancestral':
+        assert (cached[-1].passes < 40).all()
+
+
+@pytest.mark.parametrize('strategy, remask', PAIRS)
+def test_one_block_is_no_blocks(model, strategy, remask):
+    config = config_of(strategy, remask)
+    whole, one = (run(model, open_canvas(), config_of(strategy, remask, block_length=n), 2) for n in (0, 12))
+    assert [s.ids.tolist() for s in whole] == [s.ids.tolist() for s in one], config
+
+
+@pytest.mark.parametrize('strategy', [s for s in ORDERS if s != 'ancestral'])
+def test_blocks_of_one_greedily_go_from_left_to_right(model, strategy):
+    ids = open_canvas(rows=1)
+    ids[0, 4] = 2
+    found = run(model, ids, config_of(strategy, block_length=1, max_steps=1, temperature=0))
+    for place in (ids[0] == 7).nonzero().flatten().tolist():
+        with torch.no_grad():
+            ids[0, place] = model(ids)[0][0, place, :7].argmax()
+    assert found[-1].ids.tolist() == ids.tolist() and len(found) == 11
+
+
+@pytest.mark.parametrize('strategy', ['confidence', 'entropy', 'margin', 'random'])
+@pytest.mark.parametrize('steps', [1, 4, 5, 7, 12, 30])
+def test_a_quota_order_commits_exactly_the_canvas(model, strategy, steps):
+    found = run(model, open_canvas(), config_of(strategy, max_steps=steps))
+    open_after = [12] + [int((s.ids[0] == 7).sum()) for s in found]
+    committed = [a - b for a, b in zip(open_after, open_after[1:])]
+    assert committed == [12 // steps + (i < 12 % steps) for i in range(min(steps, 12))]
+    assert int(found[-1].passes[0]) == len(found)
+
+
+def test_steps_are_shared_by_the_blocks(model):
+    found = run(model, open_canvas(), config_of('confidence', block_length=4, max_steps=7))
+    left = [[int((s.ids[0, i:i + 4] == 7).sum()) for i in (0, 4, 8)] for s in found]
+    assert left == [[2, 4, 4], [1, 4, 4], [0, 4, 4], [0, 2, 4], [0, 0, 4], [0, 0, 2], [0, 0, 0]]
+    assert len(run(model, open_canvas(), config_of('confidence', block_length=2, max_steps=2))) == 6  # one each at least
+
+
+def test_a_threshold_above_one_commits_one_token_a_step_and_of_zero_a_block_a_step(model):
+    assert len(run(model, open_canvas(), config_of('threshold', threshold=1.01))) == 12
+    assert len(run(model, open_canvas(), config_of('threshold', threshold=0.0))) == 1
+    assert len(run(model, open_canvas(), config_of('threshold', threshold=0.0, block_length=4))) == 3
+
+
+@pytest.mark.parametrize('remask', ['remdm-cap', 'remdm-rescale', 'remdm-conf'])
+def test_remdm_without_sigma_is_ancestral(model, remask):
+    plain = run(model, open_canvas(), config_of('ancestral', max_steps=9), 4)
+    remdm = run(model, open_canvas(), config_of('ancestral', remask, max_steps=9, eta=0), 4)
+    assert [s.ids.tolist() for s in plain] == [s.ids.tolist() for s in remdm][:len(plain)]
+    assert remdm[-1].ids.tolist() == plain[-1].ids.tolist()
+
+
+@pytest.mark.parametrize('remask', [r for r in REMASKS if r.startswith('remdm')])
+def test_remdm_opens_tokens_again(model, remask):
+    found = run(model, open_canvas(30), config_of('ancestral', remask, max_steps=40, eta=max(ETA[remask], 0.3)))
+    assert sum(int(s.revised.sum()) for s in found) > 10
+    assert not found[-1].revised.any()
+
+
+def test_remdm_loop_without_eta_stands_still_between_its_phases(model):
+    found = run(model, open_canvas(200), config_of('ancestral', 'remdm-loop', max_steps=20, eta=0))
+    filled = [float((s.ids != 7).double().mean()) for s in found]
+    assert len(found) == 20 and len(set(filled[9:19])) <= 2 and filled[-1] == 1
+    assert filled[9] == pytest.approx(0.9, abs=0.03)
+
+
+def test_opening_by_remdm_is_as_frequent_as_sigma_says():
+    """A model of one answer, so that only the masking is random: the share that is open at time s is s, whatever sigma."""
+    def trunk(ids):
+        return torch.zeros(*ids.shape, 3, dtype=torch.float64)
+    for remask, eta in (('remdm-cap', 0.2), ('remdm-rescale', 0.5)):  # remdm-conf, as published, leaves more of it open
+        config = config_of('ancestral', remask, max_steps=10, eta=eta)
+        steps = list(refine(trunk, lambda x: x, open_canvas(400, 50, mask=2), 2, config, torch.Generator().manual_seed(0)))
+        for number, step in enumerate(steps):
+            assert float((step.ids == 2).double().mean()) == pytest.approx(1 - (number + 1) / 10, abs=0.015)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+def flagging(wrong, sure=30.0):
+    """A model that answers the token `wrong` with [MASK] (= 4) and else fills in position mod 3, with 3 at odds."""
+    def trunk(ids):
+        logits = torch.zeros(*ids.shape, 5, dtype=torch.float64)
+        logits.scatter_(2, torch.where(ids == 4, torch.arange(ids.size(1)) % 3, ids)[..., None], 2.0)
+        logits[..., 3][ids == 4] = 2.0
+        logits[..., 4][ids == wrong] = sure
+        logits[..., 4][ids == 4] = -sure
+        return logits
+    return trunk
+
+
+def test_what_the_model_flags_is_written_anew_but_not_in_the_last_step():
+    rng = torch.Generator().manual_seed(0)
+    canvas = open_canvas(50, 9, mask=4)
+    plain = list(refine(flagging(3), lambda x: x, canvas, 4, config_of('random', max_steps=9), rng))
+    flag = list(refine(flagging(3), lambda x: x, canvas, 4, config_of('random', 'flag', max_steps=30), rng))
+    assert (plain[-1].ids == 3).double().mean() > 0.3
+    assert (flag[-1].ids == 3).double().mean() < 0.1
+    assert any(s.revised.any() for s in flag) and not flag[-1].revised.any()
+    for before, after in zip(flag, flag[1:]):
+        assert (before.ids[after.revised] == 3).all()
+    unsure = config_of('random', 'flag', max_steps=30, flag_threshold=1.0)
+    assert not any(s.revised.any() for s in refine(flagging(3), lambda x: x, canvas, 4, unsure, rng))
+
+
+def test_flags_stop_when_nothing_changes_any_more():
+    rng = torch.Generator().manual_seed(0)
+    config = config_of('entropy', 'flag', max_steps=500)
+    steps = list(refine(flagging(None), lambda x: x, open_canvas(4, 3, mask=4), 4, config, rng))
+    assert len(steps) == 4 and int(steps[-1].passes.max()) == 4
+
+
+def test_a_given_token_is_never_opened():
+    ids = open_canvas(2, 6, mask=4)
+    ids[:, 2] = 3
+    found = list(refine(flagging(3), lambda x: x, ids, 4, config_of('confidence', 'flag', max_steps=20, temperature=0)))
+    assert all((s.ids[:, 2] == 3).all() for s in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an oracle: the true conditional distributions of a source that can be enumerated
+
+class Oracle:
+    """Of a joint distribution over T symbols out of V: for every canvas the marginals of what is open, given the rest."""
+
+    def __init__(self, joint):
+        self.joint = joint.double()  # (V,) * T
+        self.V, self.T = joint.size(0), joint.dim()
+        self.words = torch.tensor(list(itertools.product(range(self.V), repeat=self.T)))
+
+    def trunk(self, ids):
+        p = self.joint.flatten()
+        rows = []
+        for row in ids:
+            given = row != self.V
+            p_row = p * (self.words[:, given] == row[given]).all(1)
+            one_hot = torch.nn.functional.one_hot(self.words, self.V).double()  # (words, T, V)
+            rows.append(torch.einsum('w,wtv->tv', p_row, one_hot) / p_row.sum())
+        return torch.nn.functional.pad(torch.stack(rows).log(), (0, 1), value=-math.inf)
+
+    def sample(self, config, count=4000, seed=0):
+        """Frequencies of words among `count` samples, (V,) * T."""
+        ids = torch.full((count, self.T), self.V)
+        *_, last = refine(self.trunk, lambda x: x, ids, self.V, config, torch.Generator().manual_seed(seed))
+        counts = Counter(map(tuple, last.ids.tolist()))
+        return torch.tensor([counts[tuple(w)] for w in self.words.tolist()]).view(self.joint.shape) / count
+
+
+@pytest.fixture(scope='module')
+def markov():
+    start = torch.tensor([0.6, 0.3, 0.1])
+    follow = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.1, 0.7], [0.9, 0.05, 0.05]])
+    return Oracle(torch.einsum('a,ab,bc->abc', start, follow, follow))
+
+
+def far(found, wanted):
+    """Total variation distance."""
+    return float((found - wanted).abs().sum() / 2)
+
+
+ONE_A_STEP = [config_of(s, max_steps=3) for s in ('random', 'entropy', 'margin')] + \
+    [config_of(s, max_steps=3, block_length=1) for s in ORDERS]
+
+
+@pytest.mark.parametrize('config', ONE_A_STEP, ids=lambda c: f'{c.strategy}-{c.block_length}')
+def test_one_commit_a_step_reproduces_the_joint(markov, config):
+    assert far(markov.sample(config), markov.joint) < 0.035  # noise alone: about 0.02
+
+
+def test_ancestral_converges_to_the_joint_and_does_not_in_one_step(markov):
+    assert far(markov.sample(config_of('ancestral', max_steps=64)), markov.joint) < 0.05
+    at_once = markov.sample(config_of('ancestral', max_steps=1))
+    assert far(at_once, markov.joint) > 0.3
+    marginals = torch.einsum('abc->a', markov.joint), torch.einsum('abc->b', markov.joint), markov.joint.sum((0, 1))
+    assert far(at_once, torch.einsum('a,b,c->abc', *marginals)) < 0.035
+
+
+@pytest.mark.parametrize('remask', [r for r in REMASKS if r.startswith('remdm')])
+def test_remdm_converges_to_the_joint(markov, remask):
+    assert far(markov.sample(config_of('ancestral', remask, max_steps=64)), markov.joint) < 0.06
+
+
+@pytest.mark.parametrize('strategy', ['confidence', 'threshold'])
+def test_ranking_by_the_drawn_token_is_biased(strategy):
+    """Two independent bits: a draw of the unlikely value is put off, and drawn again."""
+    bits = Oracle(torch.outer(torch.tensor([0.1, 0.9]), torch.tensor([0.4, 0.6])))
+    found = bits.sample(config_of(strategy, max_steps=2, threshold=1.01))
+    assert float(found[1].sum()) == pytest.approx(0.990, abs=0.006)
+    assert far(bits.sample(config_of('entropy', max_steps=2)), bits.joint) < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing
+
+def test_draws_have_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], dtype=torch.float64).repeat(40000, 1)
+    for temperature in (1.0, 0.5):
+        ids = draw(logits, config_of('random', temperature=temperature), torch.Generator().manual_seed(0))
+        found = ids.bincount(minlength=4) / len(ids)
+        assert torch.allclose(found.double(), (logits[0] / temperature).softmax(-1), atol=0.01)
+    assert draw(logits, config_of('random', temperature=0)).unique().tolist() == [2]
+
+
+def test_the_tail_is_not_cut():
+    """17 nats below the rest: float32 noise reaches 16.6 at most."""
+    logits = torch.zeros(1, 2, dtype=torch.float64)
+    logits[0, 1] = -17.0
+    rng = torch.Generator().manual_seed(0)
+    hits = sum(int(draw(logits.expand(2_000_000, 2), config_of('random'), rng).sum()) for _ in range(40))
+    expected = 80_000_000 * math.exp(-17)
+    assert abs(hits - expected) < 5 * math.sqrt(expected) and hits > 0
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
+    kept = [keep_likely(logits, 0, p).isfinite().sum().item() for p in (0.4, 0.49, 0.6, 0.79, 0.81, 1.0)]
+    assert kept == [1, 1, 2, 2, 3, 4]
+    assert keep_likely(logits, 3, 1.0).isfinite().tolist() == [[True, True, True, False]]
+
+
+def test_confidence_is_that_of_the_model_whatever_the_temperature(model):
+    steps = run(model, open_canvas(1), config_of('confidence', max_steps=1, temperature=0.01))
+    with torch.no_grad():
+        p = model(open_canvas(1))[0][0, :, :7].double().softmax(-1)
+    assert torch.allclose(steps[0].confidence[0], p.gather(1, steps[0].ids[0][:, None]).squeeze(1), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# by way of the model, and mistakes
+
+def test_the_model_refines_reproducibly(model):
+    canvas = open_canvas(2)
+    assert model.generate_diffusion(canvas, 6, 1.0, 5, seed=3).tolist() == model.generate_diffusion(canvas, 6, 1.0, 5,
+                                                                                                    seed=3).tolist()
+    found = model.generate_diffusion(canvas, max_steps=6, temperature=1.0, top_k=5, strategy='threshold', threshold=0.5)
+    assert found.max() < 7 and not found.is_inference()
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(strategy='remdm'), 'ancestral'), (dict(remask='flags'), 'remdm-loop'), (dict(max_steps=0), 'max_steps'),
+    (dict(remask='remdm-cap'), 'ancestral'), (dict(strategy='naive', remask='flag'), 'naive'), (dict(top_p=0), 'top_p'),
+    (dict(strategy='ancestral', remask='remdm-cap', eta=1.5), 'eta'), (dict(temperature=-1), 'temperature'),
+])
+def test_contradictions_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        RefineConfig(**options)
+
+
+def test_what_is_not_defined_for_a_model_is_refused():
+    sizes = dict(block_size=8, vocab_size=7, n_layer=1, n_head=2, n_embd=16)
+    bound = GPT(GPTConfig(model_type='diffusion', diffusion_objective='nelbo', **sizes))
+    for options in (dict(strategy='naive'), dict(remask='flag')):
+        with pytest.raises(UserError, match='repair|random'):
+            bound.generate_diffusion(open_canvas(1, 8), **options)
+    with pytest.raises(UserError, match='sample.py'):
+        GPT(GPTConfig(**sizes)).generate_diffusion(open_canvas(1, 8))
