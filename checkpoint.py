@@ -148,10 +148,13 @@ def start_from(model, weights, rows=None):
         known = model.config.vocab_size + model.config.textless_ids
         both = min(len(weights[table]), len(own[table]))
         new = torch.cat((weights[table][:both].to(own[table]), own[table][both:]))
-        new[rows:known] = own[table][rows:known]
+        new[rows:known] = new[:rows].mean(0)  # a beginner that stands out from no token
         weights[table] = weights['lm_head.weight'] = new
         fresh = [f'{table}[{row}] (an id without text)' for row in range(rows, known)]
     if positions in weights:
+        if positions not in own:
+            raise UserError(f'the weights hold a table of positions ({positions}), which --positions=rotary has no use for: '
+                            'add --positions=both, or learned')
         weights[positions] = weights[positions][:model.config.block_size]
     for name, tensor in weights.items():
         if name not in own:

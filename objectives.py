@@ -312,7 +312,7 @@ def bound_sums(model, x, X, Y, W, mask):
     ce, best = answers(model, x[masked], Y[masked], mask)
     losses[masked], top[masked] = ce, best
     bound = (losses * W).mean(1).cpu().double()  # of each sequence, in nats per token
-    sums = {'nelbo': bound.sum(), 'nelbo_squared': bound.square().sum(), 'nelbo_count': torch.tensor(float(len(bound)))}
+    sums = {'nelbo_mean': bound.sum(), 'nelbo_squared': bound.square().sum(), 'nelbo_count': torch.tensor(float(len(bound)))}
     correct = (top == Y).cpu() & masked.cpu()
     sums |= {'accuracy': correct.double().sum(), 'count': masked.cpu().double().sum()}
     return sums | by_level('masked', masked, level_of(masked), loss=losses)
@@ -342,6 +342,7 @@ def diffusion_summary(sums):
     """Means; the standard error of the bound; of the flags precision and recall in place of hits and false alarms."""
     found = means(sums)
     n = float(sums['nelbo_count'])
+    found['nelbo'] = found.pop('nelbo_mean')
     found['nelbo_stderr'] = math.sqrt(max(0.0, found.pop('nelbo_squared') - found['nelbo'] ** 2) / n)
     for name in [name for name in found if name.endswith('_hits')]:
         level = name.removeprefix('flag_').removesuffix('hits')
