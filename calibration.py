@@ -32,6 +32,7 @@ class CalibrationConfig:
     ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
     data: str = option('', "folder of a prepared data set whose validation text is used; empty is the run's own")
     ignore_text: str = option('', "leave the tokens of this text, ' <unk>' say, out")
+    windows: int = option(160, 'windows of validation text, spread evenly; 0 takes all')
     batch_size: int = option(8, 'windows at once')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
 
@@ -128,7 +129,7 @@ def main(argv):
         make_batch = ignoring(make_batch, tokenizer_from_meta(meta['tokenizer']).encode(c.ignore_text))
     windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T + 1, T)
     pieces = []
-    for offsets in torch.tensor(windows.spread(len(windows))).split(c.batch_size):
+    for offsets in torch.tensor(windows.spread(c.windows or len(windows))).split(c.batch_size):
         X, Y, _ = (t if t is None else t.to(device) for t in make_batch(windows.read(offsets.tolist()), None))
         pieces.append((model.trunk(X), Y))
     fitted, scored = pieces[:len(pieces) // 2], pieces[len(pieces) // 2:]
