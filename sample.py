@@ -59,6 +59,9 @@ def load(config, device):
     elif config.init_from == 'resume':
         state = checkpoint.load(checkpoint.find(config.out_dir, config.ckpt))
         model, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
+        if model.config.model_type == 'diffusion':
+            raise UserError(f'{config.out_dir} is a diffusion model, which is not sampled from left to right: use '
+                            f'generate_diffusion.py --out_dir={config.out_dir}')
     else:
         raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
     return model.to(device), tokenizer

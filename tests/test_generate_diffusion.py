@@ -1,0 +1,202 @@
+"""generate_diffusion.py: what it prints for prompts, templates and repairs; the terminal and the page; mistakes."""
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY
+from rich.console import Console
+
+import checkpoint
+import generate_diffusion
+import train
+import watch
+from configurator import UserError
+from generate_diffusion import GenerateConfig, first_canvas, parse_template, refine_batch
+from model import GPTConfig
+from refinement import RefineConfig, Step
+from tokenizer import ByteTokenizer
+
+
+@pytest.fixture(scope='module')
+def out_dir(tmp_path_factory, data_dir):
+    """A tiny run of the repair objective, bytes, block_size 48."""
+    settings = TINY | {'data_dir': data_dir, 'dataset': 'tiny_byte', 'max_iters': 30, 'eval_interval': 30, 'block_size': 48,
+                       'model_type': 'diffusion', 'out_dir': str(tmp_path_factory.mktemp('out'))}
+    assert train.main([f'--{key}={value}' for key, value in settings.items()]) == 0
+    return settings['out_dir']
+
+
+@pytest.fixture
+def go(out_dir, capsys):
+    """go(*args) -> stdout, stderr of generate_diffusion.py."""
+    def start(*args):
+        generate_diffusion.main([f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=20', '--max_steps=6', *args])
+        return capsys.readouterr()
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+def test_a_prompt_is_continued_and_the_passes_are_counted(go):
+    said = go('--start=Once upon')
+    assert said.out.startswith('Once upon') and len(said.out.encode()) >= len('Once upon') + 20
+    assert re.search(r'6\.0 forward passes \(NFE\) for 20 tokens, .* tokens/s', said.err)
+
+
+def test_the_same_seed_says_the_same(go):
+    assert go('--num_samples=3').out == go('--num_samples=3').out != go('--num_samples=3', '--seed=1').out
+    assert go('--num_samples=3').out.count('---------------') == 3
+
+
+def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
+    (tmp_path / 'gaps.txt').write_bytes('The [MASK:4] Größe\n____ end. '.encode())
+    for strategy in ('confidence', 'ancestral', 'random', 'threshold', 'naive'):
+        said = go(f'--template=FILE:{tmp_path}/gaps.txt', f'--strategy={strategy}', '--temperature=0.1').out
+        assert re.fullmatch('The .* Größe\n.* end. \n', said, re.DOTALL)
+
+
+def test_gaps_are_as_long_as_they_say():
+    encode = ByteTokenizer().encode
+    assert parse_template('a[MASK:3]b____', encode, 300) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
+    assert parse_template('__init__ ___', encode, 300) == [*b'__init__ ', 300, 300, 300]
+    with pytest.raises(UserError, match='no gap'):
+        parse_template('nothing __ open', encode, 300)
+
+
+def test_naive_tells_how_much_each_step_commits(go):
+    counts = re.search(r'committed after each step, over all samples: (.*)', go('--strategy=naive').err)[1].split(', ')
+    assert int(counts[-1]) == 20
+
+
+def test_repair_rewrites_only_what_is_flagged(go, tmp_path, monkeypatch):
+    text = 'abc' * 40
+    (tmp_path / 'text.txt').write_text(text)
+    wrong = torch.zeros(len(text), dtype=torch.bool)
+    wrong[[3, 60]] = True
+    monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: wrong)
+    said = go(f'--repair={tmp_path}/text.txt', '--temperature=2.0', '--top_k=0', '--seed=2').out.rstrip('\n')
+    old = re.sub(r'\[-(.*?)-\]\{\+.*?\+\}', r'\1', said, flags=re.DOTALL)
+    assert old == text
+    assert 1 <= said.count('[-') <= 2
+
+
+def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    ids = torch.randint(200, (100,))
+    p = torch.cat([model(part[None])[0][0].softmax(-1)[:, -1] for part in ids.split(48)]).detach()
+    threshold = float(p.median())
+    found = generate_diffusion.doubted(model, ids, threshold)
+    assert torch.equal(found, p.double() > threshold) or (found != (p > threshold)).sum() <= 1
+    assert 30 < found.sum() < 70
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--max_new_tokens=50'], 'block_size=48'), (['--template=full'], 'no gap'),
+    (['--start=a', '--template=b___'], 'contradict'),
+    (['--strategy=best'], 'ancestral'), (['--remask=remdm-cap'], 'ancestral'), (['--start=FILE:nowhere'], 'nowhere'),
+    (['--repair=nowhere'], 'nowhere'), (['--num_samples=0'], 'num_samples'), (['--html=nowhere/x.html'], 'nowhere'),
+])
+def test_mistakes_are_one_line(go, args, words):
+    with pytest.raises(UserError, match=words):
+        go(*args)
+
+
+def test_models_of_other_kinds_are_refused(tiny, go):
+    config, model_config = tiny()
+    train.train(config, model_config)
+    with pytest.raises(UserError, match='sample.py'):
+        go(f'--out_dir={config.out_dir}', '--max_new_tokens=8')
+    config, model_config = tiny(out_dir='bound', model_type='diffusion', diffusion_objective='nelbo')
+    train.train(config, model_config)
+    with pytest.raises(UserError, match='repair'):
+        go(f'--out_dir={config.out_dir}', '--repair=README.md')
+
+
+def test_sample_refers_to_generate_diffusion(out_dir):
+    import sample
+    with pytest.raises(UserError, match='generate_diffusion.py'):
+        sample.main([f'--out_dir={out_dir}'])
+
+
+def test_a_canvas_without_gaps_stays_as_it_is(out_dir):
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    steps = refine_batch(model, torch.arange(10), 1, RefineConfig(), 0)
+    assert steps[-1].ids.tolist() == [list(range(10))]
+
+
+def test_a_canvas_is_prompt_and_open_places():
+    config = GenerateConfig(start='ab', max_new_tokens=3)
+    canvas = first_canvas(config, ByteTokenizer(), GPTConfig(vocab_size=257, block_size=9))
+    assert canvas.tolist() == [97, 98, 257, 257, 257]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# to be watched
+
+def film():
+    """Two tokens given, three filled in over three steps; the last of them is taken back once."""
+    mask, tokenizer = 257, ByteTokenizer()
+    rows = [[97, 98, mask, mask, mask], [97, 98, mask, 99, 60], [97, 98, 10, 99, mask], [97, 98, 10, 99, 101]]
+    steps, before = [], rows[0]
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row])
+        revised = (ids == mask) & (torch.tensor([before]) != mask)
+        confidence = torch.where(ids == mask, 0.0, 0.25 * (number + 1)).double()
+        steps.append(Step(ids, confidence, revised, torch.tensor([number])))
+        before = row
+    return watch.Film.of(steps, tokenizer, mask)
+
+
+def test_a_film_knows_what_was_open_given_and_taken_back():
+    found = film()
+    assert found.fixed == [True, True, False, False, False] and found.passes == [0, 1, 2, 3]
+    assert [[text for text, _, _ in frame] for frame in found.frames] == [
+        ['a', 'b', None, None, None], ['a', 'b', None, 'c', '<'], ['a', 'b', '\n', 'c', None], ['a', 'b', '\n', 'c', 'e']]
+    assert [frame[4][2] for frame in found.frames] == [False, False, True, True]
+
+
+def test_the_frame_stands_still_in_a_terminal(monkeypatch):
+    monkeypatch.setattr(watch.time, 'sleep', lambda seconds: None)
+    widths, found = watch.cells(film()), film()
+    pictures = [watch.picture(found, n, widths) for n in range(4)]
+    bodies = [p.plain.split('\n', 1)[1] for p in pictures]
+    assert bodies == ['ab···', 'ab·c<', 'ab⏎c·', 'ab⏎ce'] and len(set(map(len, bodies))) == 1
+    out = io.StringIO()
+    watch.play(found, Console(file=out, force_terminal=True, width=40, color_system='truecolor'))
+    said = out.getvalue()
+    assert 'step 3, 3 forward passes' in said and '\x1b[' in said
+    styles = {str(span.style) for span in pictures[3].spans}
+    assert any('underline' in style for style in styles) and 'bold' in styles
+
+
+def test_without_a_terminal_it_is_plain_lines(capsys):
+    watch.play(film(), Console(file=io.StringIO()))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ['==···', '==·##', '==##·', '==##~']
+    assert '\x1b' not in ''.join(lines)
+
+
+def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
+    watch.write_page(film(), str(tmp_path / 'page.html'))
+    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    data = json.loads(re.search(r'const film = (\{.*\});', page)[1])
+    assert data['passes'] == [0, 1, 2, 3] and data['frames'][1][4][0] == '<' and '"<"' not in page
+    assert not re.search(r'src=|href=|url\(|@import|https?://', page)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), reason='needs Chromium')
+def test_the_page_plays_in_a_real_browser(tmp_path):
+    """By hand elsewhere: open the page that --html wrote, in any browser."""
+    watch.write_page(film(), str(tmp_path / 'page.html'))
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
+    words = ['--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=9000', '--dump-dom']
+    done = subprocess.run([browser, *words, f'file://{tmp_path}/page.html'], capture_output=True, text=True, timeout=60)
+    assert 'step 3 of 3, 3 forward passes' in done.stdout, done.stderr
+    cells = re.findall(r'<span class="([^"]*)"[^>]*>([^<]*)</span>', done.stdout.split('id="canvas"')[1])
+    assert [text for _, text in cells[:5]] == ['a', 'b', '⏎\n', 'c', 'e']
+    assert 'fixed' in cells[0][0] and 'revised' in cells[4][0] and '>Play<' in done.stdout
