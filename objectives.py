@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import one_of
+from data import derive_seed
+from machine import autocast
 
 IGNORE = -1  # a target with this id is left out of losses and metrics
 LOGITS_PER_CHUNK = 2 ** 25  # how many logits the fused head holds at once: large enough for fast matrix products
@@ -162,6 +164,26 @@ def add(parts):
         extreme = {'min': min, 'max': max}.get(name.rpartition('_')[2])
         together[name] = extreme(values) if extreme else sum(values)
     return together
+
+
+@torch.no_grad()
+def over_windows(windows, offsets, batch_size, make_batch, metrics, ranks, dtype, seeds=(), counted=0):
+    """{name: sum} of `metrics(X, Y, W)` over the windows at these offsets.
+
+    Batches are dealt to the ranks and summed in one order, so that any number of ranks gives the same number; no random
+    state moves. With `counted` only so many predictions at the end of a window count, but all of the first."""
+    batches = [offsets[i:i + batch_size] for i in range(0, len(offsets), batch_size)]
+    sums = {}  # {number of the batch: {name: sum}}
+    for i in range(ranks.rank, len(batches), ranks.world_size):
+        rng = torch.Generator().manual_seed(derive_seed(4, i, *seeds))
+        X, Y, W = make_batch(windows.read(batches[i]), rng)
+        if counted:
+            Y[torch.tensor(batches[i] > 0), :-counted] = IGNORE
+        batch = [t if t is None else t.to(ranks.device) for t in (X, Y, W)]
+        with autocast(ranks.device, dtype):
+            sums[i] = {name: total.cpu() for name, total in metrics(*batch).items()}
+    everyones = {i: found for rank in ranks.gather(sums) for i, found in rank.items()}
+    return add([everyones[i] for i in sorted(everyones)])
 
 
 def next_token_metrics(model, X, Y, W=None):

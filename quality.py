@@ -30,7 +30,7 @@ SAMPLES_PER_CLUSTER = 10
 
 @torch.no_grad()
 def judged(model, samples, batch_size=64):
-    """-> features (N, C), a causal model's last hidden states averaged over positions, and its mean loss on tokens 2 to T."""
+    """-> features (N, C), a causal model's last hidden states averaged over positions, and its loss on tokens 2 to T."""
     features, losses = [], []
     for ids in torch.as_tensor(samples).split(batch_size):
         ids = ids.to(model.lm_head.weight.device)

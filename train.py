@@ -14,6 +14,7 @@ import time
 import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from configurator import UserError, build, option, read_values, run
 from data import ORDERS, Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from model import GPT, GPTConfig
-from objectives import add
+from objectives import over_windows
 from prepare import load_meta
 from runlog import RunLog
 
@@ -430,27 +431,16 @@ class Trainer:
 
     # -- evaluation -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, split):
-        """{name: value} of the objective's metrics over fixed windows of a split.
-
-        Batches are dealt to the ranks and summed in one order, so that any number of ranks gives the same number; no
-        random state moves."""
-        c, windows, model = self.config, self.windows[split], self.model
-        batches = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
-        batches = [batches[i:i + c.batch_size] for i in range(0, len(batches), c.batch_size)]
-        make_batch = self.objective.eval_batch or self.objective.make_batch
-        sums = {}  # {number of the batch: {name: sum}}
-        model.eval()
+        """{name: value} of the objective's metrics over fixed windows of a split."""
+        c, windows, objective = self.config, self.windows[split], self.objective
+        offsets = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
+        self.model.eval()
         with self.average or nullcontext():
-            for i in range(self.ranks.rank, len(batches), self.ranks.world_size):
-                rng = torch.Generator().manual_seed(derive_seed(4, i))
-                batch = self._to_device(make_batch(windows.read(batches[i]), rng))
-                with autocast(self.ranks.device, self.dtype):
-                    sums[i] = {name: total.cpu() for name, total in self.objective.metrics(model, *batch).items()}
-        model.train()
-        everyones = {i: found for rank in self.ranks.gather(sums) for i, found in rank.items()}
-        return self.objective.summary(add([everyones[i] for i in sorted(everyones)]))
+            sums = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
+                                partial(objective.metrics, self.model), self.ranks, self.dtype)
+        self.model.train()
+        return objective.summary(sums)
 
     def say(self, line):
         if self.ranks.first:

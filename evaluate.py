@@ -1,0 +1,314 @@
+"""
+One table over any checkpoints: what may be compared, and what may not.
+
+    python evaluate.py --out_dir=out-gpt2,out-duo,out-diffusion
+    python evaluate.py --out_dir=out-gpt2,out-diffusion --judge=out-judge --num_samples=1000 --length=64
+    torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=...      the same numbers, sooner
+
+Causal types: loss, perplexity, bits per byte, accuracy, calibration. Diffusion: an upper bound of the loss, with its
+standard error. With a judge, a causal checkpoint that none of the others is or comes from: how far samples are from held-out
+text, for every type alike, beside real text and n-gram models (quality.py). The last line of stdout is one JSON object.
+"""
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+import checkpoint
+import quality
+from calibration import calibration, calibration_sums
+from configurator import UserError, configure, option, run
+from data import Windows, derive_seed
+from machine import DTYPES, pick_dtype, setup_ranks
+from objectives import LEVELS, NEXT_TOKEN, add, level_of, means, over_windows, prediction_sums, sum_in_chunks
+from prepare import load_meta
+from refinement import RefineConfig
+from tokenizer import tokenizer_from_meta
+
+SAMPLES_AT_ONCE = 100
+
+
+@dataclass
+class EvalConfig:
+    """What is evaluated, on what. Samples are drawn as RefineConfig says, its order and revision for diffusion alone."""
+    out_dir: str = option('out', 'folders of runs, separated by commas')
+    ckpt: str = option('best', 'which checkpoint of each', tuple(checkpoint.FILES))
+    data: str = option('', "folder of a prepared data set whose validation text is used; empty is each run's own")
+    windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all')
+    stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all')
+    draws: int = option(1, 'diffusion: how often each window is masked anew')
+    batch_size: int = option(8, 'windows at once')
+    judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
+    num_samples: int = option(1000, 'samples of each model')
+    length: int = option(64, 'tokens of each sample')
+    seed: int = option(1337, 'of samples and of what they are compared with')
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+    backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
+
+    def __post_init__(self):
+        at_least = dict(windows=0, stride=0, draws=1, batch_size=1, num_samples=2 * quality.FOLDS, length=4)
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+
+
+@dataclass
+class DrawConfig(RefineConfig):
+    """RefineConfig for samples that are measured: as learned, unless said otherwise."""
+    temperature: float = option(1.0, '1 is as learned, lower is safer, 0 always takes the likeliest')
+    top_k: int = option(0, 'draw from the k likeliest tokens; 0 from all')
+
+
+@dataclass
+class Entry:
+    """A checkpoint under evaluation."""
+    name: str
+    state: dict
+    model: torch.nn.Module
+    tokenizer: object
+
+    @property
+    def identity(self):
+        return self.state['tokenizer']['identity']
+
+    @property
+    def relatives(self):
+        return {self.state['run_id'], *self.state['parents']}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# likelihood and calibration
+
+def prediction_scores(logits, targets):
+    return calibration_sums(logits, targets) | prediction_sums(logits, targets)
+
+
+def causal_scores(model, X, Y, W):
+    """Sums for next tokens and, of duo, for fill-ins."""
+    T = X.size(1)
+    x = model.trunk(X, fill=Y.size(1) > T)
+    sums = sum_in_chunks(model, x[:, :T], Y[:, :T], prediction_scores)
+    if Y.size(1) > T:
+        sums |= {f'fill_{name}': total for name, total in sum_in_chunks(model, x[:, T:], Y[:, T:]).items()}
+    return sums
+
+
+def causal_summary(sums):
+    found = calibration(sums) | means({name: sums[name] for name in sums if name in ('loss', 'count') or 'fill' in name})
+    return found | {'perplexity': math.exp(found['loss'])}
+
+
+def diffusion_scores(model, X, Y, W):
+    """Sums of the model's own metrics, and calibration at the masked positions of the rows that the bound is made of."""
+    mask, n = model.config.vocab_size, len(X) // 2 if model.config.diffusion_objective == 'repair' else 0
+    sums = model.objective.metrics(model, X, Y, W)
+    X, Y = X[n:], Y[n:]
+    x, masked, level = model.trunk(X), X == mask, level_of(X == mask)
+    for name, rows in [('all', torch.ones_like(level, dtype=torch.bool))] + [(p, level == p) for p in LEVELS]:
+        where = masked & rows[:, None]
+        if where.any():
+            found = calibration_sums(model.head(x[where])[:, :mask], Y[where])
+            sums |= {f'at_{name}_{key}': total for key, total in found.items()}
+    return sums
+
+
+def diffusion_summary(model, sums):
+    found = model.objective.summary({name: total for name, total in sums.items() if not name.startswith('at_')})
+    for name in ('all', *LEVELS):
+        part = {key.removeprefix(f'at_{name}_'): total for key, total in sums.items() if key.startswith(f'at_{name}_')}
+        if part:
+            found |= {key if name == 'all' else f'{key}_at_{name}': value for key, value in calibration(part).items()}
+    return found | {'bound': found['nelbo']}
+
+
+def data_of(config, entry):
+    """The folder of the data set that an Entry is evaluated on, and its meta."""
+    settings = entry.state['config']
+    folder = config.data or os.path.join(settings['data_dir'], settings['dataset'])
+    meta = load_meta(folder)
+    if meta['tokenizer']['identity'] != entry.identity:
+        raise UserError(f"{entry.name} was trained with tokenizer {entry.state['tokenizer']['name']}, {folder} has "
+                        f"{meta['tokenizer']['name']} or another vocabulary of that name: prepare the text with the former")
+    return folder, meta
+
+
+def likelihood(config, entry, ranks, dtype):
+    """{name: number} for one checkpoint over validation text; what its type has no likelihood for is not there."""
+    folder, meta = data_of(config, entry)
+    model, objective, T = entry.model, entry.model.objective, entry.model.config.block_size
+    if config.stride:
+        if not model.causal or config.stride > T:
+            raise UserError(f'stride={config.stride} is for causal types, and at most block_size={T}: not for {entry.name}')
+        objective = NEXT_TOKEN
+    path = os.path.join(folder, 'val.bin')
+    windows = Windows(path, meta['dtype'], objective.window(T), config.stride or T)
+    offsets = windows.spread(config.windows or len(windows))
+    if objective.val_metric == 'nelbo':
+        sums = [over_windows(windows, offsets, config.batch_size, objective.eval_batch, partial(diffusion_scores, model),
+                             ranks, dtype, seeds=(draw,) * bool(draw)) for draw in range(config.draws)]
+        found = diffusion_summary(model, add(sums))
+    else:
+        found = causal_summary(over_windows(windows, offsets, config.batch_size, objective.make_batch,
+                                            partial(causal_scores, model), ranks, dtype, counted=config.stride))
+    val = meta['splits']['val']
+    loss = found['loss'] if 'loss' in found else found['bound']
+    return found | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'], 'tokens_evaluated': len(offsets) * T}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples
+
+def draw_samples(entry, config, how, first_tokens):
+    """-> samples (num_samples, length), forward passes for each, seconds. A causal model goes on from the first tokens
+    (num_samples,), since it cannot predict them."""
+    model, device, parts, passes = entry.model, entry.model.lm_head.weight.device, [], 0.0
+    started = time.perf_counter()
+    for number in range(0, config.num_samples, SAMPLES_AT_ONCE):
+        first = torch.as_tensor(first_tokens[number:number + SAMPLES_AT_ONCE], device=device)[:, None]
+        seed = derive_seed(config.seed, 5, number)
+        if model.config.model_type == 'diffusion':
+            canvas = torch.full((len(first), config.length), model.config.vocab_size, device=device)
+            *_, step = model.refine(canvas, how, seed)
+            parts.append(step.ids.cpu())
+            passes += float(step.passes.sum())
+        else:
+            columns = model.generate(first, config.length - 1, how.temperature, how.top_k or None, how.top_p, seed)
+            parts.append(torch.cat((first, torch.stack(list(columns), dim=1)), dim=1).cpu())
+            passes += len(first) * (config.length - 1)
+    return torch.cat(parts).numpy(), passes / config.num_samples, time.perf_counter() - started
+
+
+def held_out_halves(folder, meta, config):
+    """Two sets of disjoint windows (num_samples, length) of the validation text: what samples are compared with, and what
+    shows how close real text comes."""
+    tokens = np.fromfile(os.path.join(folder, 'val.bin'), dtype=meta['dtype']).astype(np.int64)
+    n = len(tokens) // config.length
+    if n < 2 * config.num_samples:
+        raise UserError(f'{folder} has validation text for {n // 2} samples of {config.length} tokens and as many to '
+                        f'compare them with: --num_samples={n // 2}')
+    order = np.random.default_rng(derive_seed(config.seed, 6)).permutation(n)[:2 * config.num_samples]
+    return np.split(tokens[:n * config.length].reshape(n, config.length)[order], 2)
+
+
+def refuse_kin(judge, entries):
+    """Raises UserError where the judge is one of the models, its parent or its child."""
+    for entry in entries:
+        if judge.relatives & entry.relatives:
+            raise UserError(f'{judge.name} cannot judge {entry.name}: the one was trained from the other, or they are the '
+                            'same run; train a judge of its own')
+        if judge.identity != entry.identity:
+            raise UserError(f'{judge.name} cannot judge {entry.name}: they have different tokenizers')
+
+
+def sample_quality(config, how, entries, judge):
+    """{row: {name: number}}: each model, and the rows that keep everyone honest."""
+    refuse_kin(judge, entries)
+    if not judge.model.causal:
+        raise UserError(f'{judge.name} cannot judge: its type is not causal')
+    folder, meta = data_of(config, entries[0])
+    reference, rest = held_out_halves(folder, meta, config)
+    train = np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype']).astype(np.int64)
+    rng, n, T = np.random.default_rng(derive_seed(config.seed, 7)), config.num_samples, config.length
+    rows = {'real text': rest} | {f'{n_}-grams': quality.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
+    rows['shuffled spans'] = quality.shuffled_spans(train, n, T, rng)
+    first_tokens, costs = quality.real(train, n, 1, rng)[:, 0], {}
+    for entry in entries:
+        rows[entry.name], passes, seconds = draw_samples(entry, config, how, first_tokens)
+        costs[entry.name] = {'nfe': passes, 'tokens_per_s': n * T / seconds}
+    found = {}
+    for name, samples in rows.items():
+        found[name] = quality.describe(samples, reference, judge.model, config.seed) | costs.get(name, {})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tables
+
+LIKELIHOOD = {'loss': 'loss', 'perplexity': 'perplexity', 'bits_per_byte': 'bits/byte', 'accuracy': 'accuracy', 'ece': 'ECE',
+              'brier': 'Brier', 'brier_top1': 'top-1 Brier', 'entropy': 'entropy', 'fill_accuracy': 'fill accuracy'}
+QUALITY = {'classifier': 'classifier', 'mauve': 'MAUVE', 'js_1': 'JS 1', 'js_2': 'JS 2', 'js_3': 'JS 3', 'js_4': 'JS 4',
+           'judge_perplexity': 'judge ppl', 'entropy': 'entropy', 'distinct_1': 'dist 1', 'distinct_2': 'dist 2',
+           'distinct_3': 'dist 3', 'repetition': 'repeated', 'nfe': 'NFE', 'tokens_per_s': 'tokens/s'}
+
+
+def cells(found, columns, hide=()):
+    """The cells of one row; a bound says that it is one."""
+    bound = 'bound' in found
+    row = []
+    for key in columns:
+        value = found.get('bound' if bound and key == 'loss' else key)
+        if bound and key == 'perplexity':
+            value = math.exp(found['bound'])
+        if value is None or key in hide:
+            row.append('')
+        elif bound and key == 'loss':
+            row.append(f'<= {value:.4f} ± {found["nelbo_stderr"]:.4f}')
+        else:
+            text = f'{value:,.1f}' if value >= 100 else f'{value:.4f}' if value < 10 else f'{value:.2f}'
+            row.append('<= ' * (bound and key in ('perplexity', 'bits_per_byte')) + text)
+    return row
+
+
+def show(title, rows, columns, console, hide=()):
+    table = Table(title=title, title_justify='left')
+    table.add_column('')
+    for name in columns.values():
+        table.add_column(name, justify='right')
+    for name, found in rows.items():
+        table.add_row(name, *cells(found, columns, hide))
+    console.print(table)
+
+
+def load(config, out_dir, device):
+    state = checkpoint.load(checkpoint.find(out_dir, config.ckpt))
+    return Entry(out_dir, state, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
+
+
+def evaluate(config, how, ranks):
+    """{checkpoint: {name: number}} of likelihood, {row: {name: number}} of samples; printed by the first rank."""
+    dtype = pick_dtype(config.dtype, ranks.device)
+    entries = [load(config, out_dir, ranks.device) for out_dir in config.out_dir.split(',')]
+    found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
+    samples = {}
+    if config.judge and ranks.first:
+        samples = sample_quality(config, how, entries, load(config, config.judge, ranks.device))
+    if ranks.first:
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        one_vocabulary = len({entry.identity for entry in entries}) == 1
+        named = {f'{entry.name} ({entry.model.config.model_type})': found[entry.name] for entry in entries}
+        show('validation text', named, LIKELIHOOD, console, hide=() if one_vocabulary else ('loss', 'perplexity'))
+        if not one_vocabulary:
+            console.print('different tokenizers: losses and perplexities are not comparable, bits per byte are')
+        for entry in entries:
+            if entry.model.config.model_type != 'diffusion' and not entry.model.causal:
+                console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
+        if samples:
+            title = f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}'
+            show(title, samples, QUALITY, console)
+    return found, samples
+
+
+def main(argv):
+    config, how, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
+    ranks = setup_ranks(config.device, config.backend, timeout=1800)
+    try:
+        found, samples = evaluate(config, how, ranks)
+        if ranks.first:
+            print(json.dumps({'likelihood': found, 'samples': samples}))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,176 @@
+"""evaluate.py: the numbers of training's own validation, one table, and who may judge whom."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import pseudo_text
+
+import checkpoint
+import evaluate
+import prepare
+import train
+from configurator import UserError
+from data import Windows
+from prepare import load_meta
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A data set with enough validation text for samples, and a folder of runs on it."""
+    folder = tmp_path_factory.mktemp('place')
+    (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
+    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
+                  f'--data_dir={folder}'])
+    return folder
+
+
+@pytest.fixture(scope='module')
+def runs(place):
+    """{name: folder} of small runs."""
+    common = ['--dataset=text_bpe280', f'--data_dir={place}', '--max_iters=12', '--eval_interval=6', '--eval_iters=0',
+              '--batch_size=4', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--device=cpu',
+              '--compile=False', '--learning_rate=1e-2']
+    made = {}
+    for name, options in {'gpt2': [], 'judge': ['--seed=2'], 'duo': ['--model_type=duo'], 'ema': ['--ema=0.5'],
+                          'repair': ['--model_type=diffusion'],
+                          'nelbo': ['--model_type=diffusion', '--diffusion_objective=nelbo'],
+                          'child': [f'--init_from={place}/gpt2']}.items():
+        made[name] = str(place / name)
+        assert train.main([*common, f'--out_dir={made[name]}', *options]) == 0
+    return made
+
+
+@pytest.fixture
+def go(runs, capsys):
+    """go('gpt2,duo', *args) -> stdout, the JSON object of evaluate.py."""
+    def start(names, *args):
+        folders = ','.join(runs.get(name, name) for name in names.split(','))
+        evaluate.main([f'--out_dir={folders}', '--device=cpu', '--batch_size=4', *args])
+        out = capsys.readouterr().out
+        return out, json.loads(out.splitlines()[-1])
+    return start
+
+
+def last_validation(folder):
+    with open(f'{folder}/metrics.jsonl') as f:
+        entries = [json.loads(line) for line in f if 'val_loss' in line]
+    return min(entries, key=lambda entry: entry['val_loss'])
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'duo', 'repair', 'nelbo', 'ema'])
+def test_the_numbers_are_those_of_trainings_own_validation(go, runs, name):
+    out, found = go(name)
+    mine, theirs = found['likelihood'][runs[name]], last_validation(runs[name])
+    assert mine['bound' if 'bound' in mine else 'loss'] == pytest.approx(theirs['val_loss'], rel=1e-6)
+    assert mine['accuracy'] == pytest.approx(theirs['val_accuracy'], rel=1e-6)
+    if name == 'duo':
+        assert mine['fill_accuracy'] == pytest.approx(theirs['val_fill_accuracy'])
+    if 'bound' in mine:
+        assert mine['nelbo_stderr'] == pytest.approx(theirs['val_nelbo_stderr'], rel=1e-5) and '<= ' in out
+        assert mine['bits_per_byte'] == pytest.approx(theirs['val_bits_per_byte_bound'], rel=1e-6)
+        assert {'ece', 'ece_at_60', 'brier_at_100'} <= set(mine)
+    else:
+        assert mine['bits_per_byte'] == pytest.approx(theirs['val_bits_per_byte'], rel=1e-6) and '<= ' not in out
+        assert 0 < mine['ece'] < 1 and mine['perplexity'] == pytest.approx(math.exp(mine['loss']))
+
+
+def test_more_draws_are_more_terms(go, runs):
+    one, four = (go('nelbo', f'--draws={n}')[1]['likelihood'][runs['nelbo']] for n in (1, 4))
+    assert four['nelbo_stderr'] == pytest.approx(one['nelbo_stderr'] / 2, rel=0.3)
+    assert abs(four['bound'] - one['bound']) < 4 * one['nelbo_stderr'] and four['bound'] != one['bound']
+
+
+def test_a_stride_gives_each_prediction_its_context(go, runs, place):
+    """Against one forward pass for each token, over as much of the context before it as fits."""
+    found = go('gpt2', '--stride=1', '--windows=0')[1]['likelihood'][runs['gpt2']]
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(runs['gpt2'])))
+    tokens = torch.from_numpy(np.fromfile(place / 'text_bpe280/val.bin', dtype='uint16').astype(np.int64))
+    losses = []
+    with torch.no_grad():
+        for i in range(1, len(tokens)):
+            context = tokens[max(0, i - 16):i][None]
+            losses.append(-model(context)[0][0, -1].log_softmax(-1)[tokens[i]].item())
+    assert found['loss'] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert found['loss'] != pytest.approx(go('gpt2')[1]['likelihood'][runs['gpt2']]['loss'], rel=1e-5)
+    with pytest.raises(UserError, match='causal'):
+        go('nelbo', '--stride=4')
+
+
+def test_two_ranks_find_the_same(runs, fork_ranks, tmp_path):
+    argv = [f'--out_dir={runs["gpt2"]},{runs["repair"]}', '--device=cpu', '--batch_size=4', '--windows=30']
+    for process in (ranks := fork_ranks(evaluate_quietly, argv)):
+        process.join(120)
+    said = (tmp_path / 'fork.out').read_text()
+    assert [p.exitcode for p in ranks] == [0, 0], said
+    two = json.loads(said.splitlines()[-1])['likelihood']
+    config, how, _ = evaluate.configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
+    one, _ = evaluate.evaluate(config, how, evaluate.setup_ranks('cpu', 'gloo', 60))
+    assert json.dumps(two) == json.dumps(one)
+
+
+def evaluate_quietly(argv):
+    evaluate.main(argv)
+    return 0
+
+
+def test_samples_of_every_type_stand_beside_real_text_and_ngrams(go, runs):
+    args = [f'--judge={runs["judge"]}', '--num_samples=40', '--length=16', '--strategy=random', '--max_steps=8']
+    out, found = go('gpt2,repair', *args)
+    rows = found['samples']
+    assert list(rows) == ['real text', '1-grams', '2-grams', '3-grams', 'shuffled spans', runs['gpt2'], runs['repair']]
+    assert rows[runs['gpt2']]['nfe'] == 15 and rows[runs['repair']]['nfe'] == 8
+    assert rows['real text']['js_1'] < rows['1-grams']['js_1'] + 0.1 and rows['1-grams']['js_3'] > rows['3-grams']['js_3']
+    assert 'judged by' in out
+    again = go('gpt2,repair', *args)[1]['samples']
+    for row in rows.values():
+        row.pop('tokens_per_s', None)
+    for row in again.values():
+        row.pop('tokens_per_s', None)
+    assert again == rows
+
+
+def test_real_text_is_not_compared_with_itself(runs, place):
+    config = evaluate.EvalConfig(num_samples=60, length=16)
+    folder = f'{place}/text_bpe280'
+    reference, rest = evaluate.held_out_halves(folder, load_meta(folder), config)
+    windows = Windows(f'{folder}/val.bin', 'uint16', 16, 16)
+    every = windows.read(windows.offsets(range(len(windows)))).tolist()
+    mine = reference.tolist() + rest.tolist()
+    assert len(mine) == 120 and all(row in every for row in mine)
+    assert sorted(mine) == sorted(every.pop(every.index(row)) for row in mine)  # no window twice
+    with pytest.raises(UserError, match='num_samples='):
+        evaluate.held_out_halves(folder, load_meta(folder), evaluate.EvalConfig(num_samples=100000, length=16))
+
+
+@pytest.mark.parametrize('judge, judged', [('gpt2', 'gpt2'), ('gpt2', 'child'), ('child', 'gpt2'), ('gpt2', 'duo,child')])
+def test_kin_cannot_judge(go, runs, judge, judged):
+    with pytest.raises(UserError, match='cannot judge'):
+        go(judged, f'--judge={runs[judge]}', '--num_samples=10')
+
+
+def test_a_judge_is_causal_and_reads_the_same_tokens(go, runs, tmp_path, data_dir):
+    with pytest.raises(UserError, match='not causal'):
+        go('gpt2', f'--judge={runs["repair"]}', '--num_samples=10')
+    other = tmp_path / 'bytes'
+    assert train.main(['--dataset=tiny_byte', f'--data_dir={data_dir}', f'--out_dir={other}', '--max_iters=2', '--n_layer=1',
+                       '--n_head=1', '--n_embd=8', '--block_size=16', '--device=cpu', '--compile=False']) == 0
+    with pytest.raises(UserError, match='different tokenizers'):
+        go('gpt2', f'--judge={other}', '--num_samples=10')
+    with pytest.raises(UserError, match='tokenizer'):
+        go('gpt2', f'--data={data_dir}/tiny_byte')
+    out, found = go(f'gpt2,{other}')
+    assert 'bits per byte' in out
+    table = out.split('different tokenizers')[0]
+    assert f'{found["likelihood"][str(other)]["perplexity"]:.4f}'[:5] not in table
+    assert f'{found["likelihood"][str(other)]["bits_per_byte"]:.4f}' in table
+
+
+MISTAKES = [(['--out_dir=nowhere'], 'nowhere'), (['--draws=0'], 'draws'), (['--length=1'], 'length')]
+
+
+@pytest.mark.parametrize('args, words', MISTAKES)
+def test_mistakes_are_one_line(args, words):
+    with pytest.raises(UserError, match=words):
+        evaluate.main(args)
