@@ -5,6 +5,7 @@ Speed and memory of training and of generation, alone or side by side with a nan
     python bench.py --against=../nanoGPT --n_layer=12 --n_head=12 --n_embd=768 --batch_size=4
     python bench.py --against=../nanoGPT --part=loss --steps=300 --data=data/tinystories     do both learn the same?
     python bench.py --part=types --vocab_size=256 --block_size=512                           what do the model types cost?
+    python bench.py --part=refine --block_size=64                                            refinement beside left to right
 
 Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
 machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
@@ -36,8 +37,10 @@ SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': Fa
 class BenchConfig:
     """What to measure, and how often."""
     against: str = option('', 'path of a nanoGPT checkout to measure side by side')
-    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains one of each type",
-                       ('speed', 'train', 'generate', 'loss', 'types'))
+    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains one of each type; "
+                       "'refine' generates by diffusion and by gpt2",
+                       ('speed', 'train', 'generate', 'loss', 'types', 'refine'))
+    max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each')
     batch_size: int = option(16, 'examples per training step')
     streams: str = option('1,8', 'how many samples are generated together, one measurement for each')
     new_tokens: int = option(256, 'tokens generated per stream')
@@ -239,6 +242,35 @@ def bench_generate(config, sides, device, streams):
     return take_turns(sides, config.rounds, lambda side: clock(device, side.generate, prompt, config.new_tokens))
 
 
+def bench_refine(config, model_config, device, dtype, streams):
+    """{name: seconds of each round} to fill block_size tokens of so many streams: gpt2 from left to right, and diffusion of
+    the same size in so many steps."""
+    torch.manual_seed(config.seed)
+    plain = GPT(model_config).to(device).eval()
+    diffusion = GPT(replace(model_config, model_type='diffusion')).to(device).eval()
+    T = model_config.block_size
+    prompt = torch.zeros(streams, 1, dtype=torch.long, device=device)
+    canvas = torch.full((streams, T), model_config.vocab_size, device=device)
+
+    def left_to_right():
+        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+            for column in plain.generate(prompt, T - 1, temperature=0.8, top_k=200):
+                column.tolist()
+
+    def refined(steps):
+        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+            diffusion.generate_diffusion(canvas, max_steps=steps).tolist()
+
+    ways = {'gpt2': left_to_right} | {f'{n} steps': partial(refined, n) for n in map(int, config.max_steps.split(','))}
+    times = {name: [] for name in ways}
+    for number in range(config.rounds + 1):
+        for name, way in ways.items():
+            seconds = clock(device, way)
+            if number:  # the first round only warms up
+                times[name].append(seconds)
+    return times
+
+
 def bench_loss(config, model_config, sides, device, held_out=20):
     """{side name: validation loss} after so many steps on the same batches, the rate warmed up over the first tenth."""
     source = batches(config, model_config, device)
@@ -314,52 +346,68 @@ def report(title, times, tokens, unit_flops=None, peak=None):
     return found
 
 
+def side_names(config):
+    """Which sides take part."""
+    if config.part == 'refine':
+        return []
+    if config.part == 'types':
+        return config.variants.split(',') if config.variants else list(VARIANTS)
+    return ['ours'] + ['nanoGPT'] * bool(config.against)
+
+
+def make_side(name, config, model_config, device, dtype):
+    if config.part == 'types':
+        return type_side(one_of('variants', name, VARIANTS), config, model_config, device, dtype)
+    makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
+    return makers[one_of('only', name, makers)](config, model_config, device, dtype)
+
+
+def measure(config, c, sides, device, dtype, peak):
+    """{what: numbers} for one part; c is the GPTConfig of all sides."""
+    names, tokens, streams = [side.name for side in sides], config.batch_size * c.block_size, config.streams.split(',')
+    result = {}
+    if config.part == 'loss':
+        result['loss'] = bench_loss(config, c, sides, device)
+    if config.part == 'types':
+        result['types'] = report('training step, in time per token of text', bench_train(config, c, sides, device), tokens)
+        result['peak_MiB'] = report_memory(names, 'types')
+    if config.part == 'refine':
+        for n in map(int, streams):
+            times = bench_refine(config, c, device, dtype, n)
+            result[f'refine_{n}'] = report(f'{c.block_size} tokens for each of {n} stream(s)', times, n * c.block_size)
+    if config.part in ('speed', 'train'):
+        times = bench_train(config, c, sides, device)
+        result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
+        result['peak_MiB'] = report_memory(names, 'train')
+    if config.part in ('speed', 'generate'):
+        for n in map(int, streams):
+            title = f'generation, {n} stream(s) of {config.new_tokens} tokens'
+            result[f'generate_{n}'] = report(title, bench_generate(config, sides, device, n), n * config.new_tokens)
+        result['generate_peak_MiB'] = report_memory(names, 'generate')
+    return result
+
+
 def main(argv):
     values, _ = read_values(argv, BenchConfig, GPTConfig, description=__doc__)
-    config, model_config = build(SIZES | values, BenchConfig, GPTConfig)
+    config, c = build(SIZES | values, BenchConfig, GPTConfig)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
-    names = ['ours'] + ['nanoGPT'] * bool(config.against)
-    if config.part == 'types':
-        names = config.variants.split(',') if config.variants else list(VARIANTS)
-        torch._dynamo.config.recompile_limit = 8 * len(VARIANTS)  # all of them compile the same code
-    names = [config.only] if config.only else names
-    if config.part == 'types':
-        sides = [type_side(one_of('variants', name, VARIANTS), config, model_config, device, dtype) for name in names]
-    else:
-        sides = [makers[name](config, model_config, device, dtype) for name in names]
+    torch._dynamo.config.recompile_limit = 8 * len(VARIANTS)  # all types compile the same code
+    names = [config.only] if config.only else side_names(config)
+    sides = [make_side(name, config, c, device, dtype) for name in names]
     if config.only:
         if config.part == 'generate':
             bench_generate(config, sides, device, streams=1)
         else:
-            bench_train(config, model_config, sides, device)
+            bench_train(config, c, sides, device)
         print(json.dumps({'peak_MiB': peak_memory(device)}))
         return
-    c = model_config
     peak = peak_flops(device, dtype)
     print(f'{c.n_layer} layers x {c.n_head} heads x {c.n_embd}, block {c.block_size}, vocabulary {c.vocab_size}, batch '
           f'{config.batch_size}; {device}, {torch.get_num_threads()} threads, ours in {dtype}; matrix products at '
           f'{peak / 1e9:,.0f} GFLOP/s; torch {torch.__version__}')
     result = {'peak_gflops': round(peak / 1e9, 1), 'dtype': dtype, 'device': str(device)}
-    if config.part == 'loss':
-        result['loss'] = bench_loss(config, c, sides, device)
-    if config.part == 'types':
-        times = bench_train(config, c, sides, device)
-        result['types'] = report('training step, in time per token of text', times, config.batch_size * c.block_size)
-        result['peak_MiB'] = report_memory(names, 'types')
-    if config.part in ('speed', 'train'):
-        tokens = config.batch_size * c.block_size
-        times = bench_train(config, c, sides, device)
-        result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
-        result['peak_MiB'] = report_memory(names, 'train')
-    if config.part in ('speed', 'generate'):
-        for streams in map(int, config.streams.split(',')):
-            times = bench_generate(config, sides, device, streams)
-            result[f'generate_{streams}'] = report(f'generation, {streams} stream(s) of {config.new_tokens} tokens', times,
-                                                   streams * config.new_tokens)
-        result['generate_peak_MiB'] = report_memory(names, 'generate')
-    print(json.dumps(result))
+    print(json.dumps(result | measure(config, c, sides, device, dtype, peak)))
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ The whole path in one command: prepare the embedded corpus, train a few minutes 
 print three samples. Everything in it is a command that you can run yourself; each is printed before it runs.
 
     make demo
+    make demo MODEL=diffusion        masked refinement, played in the terminal
     python demo.py --max_iters=50
 """
 import json
@@ -21,7 +22,7 @@ from model import MODEL_TYPES
 from prepare import load_meta
 from tokenizer import tokenizer_from_meta
 
-DATASET, TOKENIZER, CONFIG = 'python', 'bpe:1024', 'config/train_python.py'
+DATASET, TOKENIZER = 'python', 'bpe:1024'
 VAL_FRACTION = 0.03
 
 
@@ -66,18 +67,28 @@ def main(argv):
         call('prepare.py', DATASET, f'--tokenizer={TOKENIZER}', f'--val_fraction={VAL_FRACTION}',
              f'--data_dir={config.data_dir}')
     length = [f'--max_iters={config.max_iters}'] if config.max_iters else []
-    call('train.py', CONFIG, f'--model_type={config.model_type}', *place, *length)
+    if config.model_type == 'diffusion':
+        recipe = ['config/train_diffusion_python.py']
+    else:
+        recipe = ['config/train_python.py', f'--model_type={config.model_type}']
+    call('train.py', *recipe, *place, *length)
     call('train.py', '--init_from=resume', '--eval_only=True', '--eval_iters=0', *place)
     weigh(config.out_dir, folder)
-    call('sample.py', f'--out_dir={config.out_dir}', '--num_samples=3', '--max_new_tokens=150', '--start=def ')
+    start = [f'--out_dir={config.out_dir}', '--start=def ']
+    if config.model_type == 'diffusion':
+        call('generate_diffusion.py', *start, '--max_new_tokens=56', '--animate=True')
+    else:
+        call('sample.py', *start, '--num_samples=3', '--max_new_tokens=150')
 
 
 def weigh(out_dir, folder):
     """Bits per byte of the model beside those of xz on the same text: a language model is a compressor."""
     text = validation_text(folder)
     xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
-    model = last_evaluation(out_dir)['val_bits_per_byte']
-    print(f'\nvalidation text, {len(text):,} bytes: the model needs {model:.3f} bits per byte, xz -9 {xz:.3f}'
+    found = last_evaluation(out_dir)
+    model = found.get('val_bits_per_byte') or found['val_bits_per_byte_bound']
+    most = '' if 'val_bits_per_byte' in found else 'at most '
+    print(f'\nvalidation text, {len(text):,} bytes: the model needs {most}{model:.3f} bits per byte, xz -9 {xz:.3f}'
           f'{"" if model < xz else " (the model has not caught up yet: train longer)"}', flush=True)
 
 

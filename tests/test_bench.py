@@ -85,3 +85,10 @@ def test_duo_dense_is_duo():
         side = bench.type_side(name, bench.BenchConfig(compile=False), sizes, torch.device('cpu'), 'float32')
         losses.append(side.model(X, Y)[1].item())
     assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_refinement_beside_left_to_right():
+    found = json.loads(run_script('bench.py', *TINY, '--part=refine', '--max_steps=2,16').stdout.splitlines()[-1])
+    for streams in (1, 2):
+        rows = found[f'refine_{streams}']
+        assert list(rows) == ['gpt2', '2 steps', '16 steps'] and rows['2 steps']['ratio'] < rows['16 steps']['ratio']
