@@ -53,14 +53,19 @@ def colour(confidence):
     return f'rgb({int(220 * min(1, 2 - 2 * confidence))},{int(200 * min(1, 2 * confidence))},60)'
 
 
-def picture(film, number, widths):
-    """Frame `number` as rich Text: given text plain, committed text coloured by confidence, revised text underlined."""
-    text = Text(f'step {number}, {film.passes[number]} forward passes\n', style='dim')
+def picture(film, number, widths, columns):
+    """Frame `number` as rich Text of so many columns: given text bold, committed text coloured by confidence, revised text
+    underlined. Lines break at the same positions in every frame."""
+    text, used = Text(f'step {number}, {film.passes[number]} forward passes\n', no_wrap=True), 0
     for (token, confidence, revised), fixed, width in zip(film.frames[number], film.fixed, widths):
+        if used and used + width > columns:
+            text.append('\n')
+            used = 0
         style = 'dim' if token is None else 'bold' if fixed else colour(confidence) + ' underline' * revised
         shown = OPEN if token is None else visible(token)
         text.append(shown, style)
         text.append(' ' * (width - len(shown)))
+        used += width
     return text
 
 
@@ -75,7 +80,7 @@ def play(film, console):
     widths = cells(film)
     with Live(console=console, auto_refresh=False, vertical_overflow='crop') as live:
         for number in range(len(film.frames)):
-            live.update(picture(film, number, widths), refresh=True)
+            live.update(picture(film, number, widths, console.width), refresh=True)
             time.sleep(SECONDS_PER_FRAME)
 
 
