@@ -14,6 +14,7 @@ import torch
 from configurator import UserError, one_of
 from corpus import hub_is_reachable
 from model import GPT, GPTConfig
+from tokenizer import tokenizer_from_spec
 
 # What a Hugging Face GPT-2 may say of itself and still be the GPT-2 of model.py.
 HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
@@ -124,6 +125,23 @@ def load_model(checkpoint, device='cpu'):
     model = GPT(model_config(checkpoint['model_args']))
     model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
     return model.to(device).eval()
+
+
+def load_encoder(name):
+    """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says whose it is:
+    run_id, parents, tokenizer. Raises UserError if it is of another type."""
+    if name.startswith('hf:'):
+        model_args, weights = load_hf(name.removeprefix('hf:'))
+        model = GPT(GPTConfig(**model_args)).eval()
+        start_from(model, weights)
+        model.source = {'run_id': name, 'parents': [], 'tokenizer': tokenizer_from_spec('gpt2').to_meta()}
+        return model
+    state = load(find(name))
+    if state['model_args'].get('model_type') != 'gpt2':
+        raise UserError(f"encoder={name} is a {state['model_args'].get('model_type')} model, it must be gpt2")
+    model = load_model(state)
+    model.source = {key: state[key] for key in ('run_id', 'parents', 'tokenizer')}
+    return model
 
 
 def fitted(config, model_args):

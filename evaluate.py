@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import checkpoint
+import ngrams
 import quality
 from calibration import calibration, calibration_sums
 from configurator import UserError, configure, option, run
@@ -153,6 +154,8 @@ def likelihood(config, entry, ranks, dtype):
     path = os.path.join(folder, 'val.bin')
     windows = Windows(path, meta['dtype'], objective.window(T), config.stride or T)
     offsets = windows.spread(config.windows or len(windows))
+    if objective.val_metric not in ('loss', 'nelbo'):
+        return {}
     if objective.val_metric == 'nelbo':
         sums = [over_windows(windows, offsets, config.batch_size, objective.eval_batch, partial(diffusion_scores, model),
                              ranks, dtype, seeds=(draw,) * bool(draw)) for draw in range(config.draws)]
@@ -171,7 +174,7 @@ def likelihood(config, entry, ranks, dtype):
 def draw_samples(entry, config, how, first_tokens):
     """-> samples (num_samples, length), forward passes for each, seconds. A causal model goes on from the first tokens
     (num_samples,), since it cannot predict them."""
-    model, device, parts, passes = entry.model, entry.model.lm_head.weight.device, [], 0.0
+    model, device, parts, passes = entry.model, entry.model.device, [], 0.0
     started = time.perf_counter()
     for number in range(0, config.num_samples, SAMPLES_AT_ONCE):
         first = torch.as_tensor(first_tokens[number:number + SAMPLES_AT_ONCE], device=device)[:, None]
@@ -181,6 +184,9 @@ def draw_samples(entry, config, how, first_tokens):
             *_, step = model.refine(canvas, how, seed)
             parts.append(step.ids.cpu())
             passes += float(step.passes.sum())
+        elif model.config.model_type == 'drifting':
+            parts.append(model.generate_at_once(len(first), config.length, seed=seed).cpu())
+            passes += len(first)
         else:
             columns = model.generate(first, config.length - 1, how.temperature, how.top_k or None, how.top_p, seed)
             parts.append(torch.cat((first, torch.stack(list(columns), dim=1)), dim=1).cpu())
@@ -219,9 +225,9 @@ def sample_quality(config, how, entries, judge):
     reference, rest = held_out_halves(folder, meta, config)
     train = np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype']).astype(np.int64)
     rng, n, T = np.random.default_rng(derive_seed(config.seed, 7)), config.num_samples, config.length
-    rows = {'real text': rest} | {f'{n_}-grams': quality.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
-    rows['shuffled spans'] = quality.shuffled_spans(train, n, T, rng)
-    first_tokens, costs = quality.real(train, n, 1, rng)[:, 0], {}
+    rows = {'real text': rest} | {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
+    rows['shuffled spans'] = ngrams.shuffled_spans(train, n, T, rng)
+    first_tokens, costs = ngrams.real(train, n, 1, rng)[:, 0], {}
     for entry in entries:
         rows[entry.name], passes, seconds = draw_samples(entry, config, how, first_tokens)
         costs[entry.name] = {'nfe': passes, 'tokens_per_s': n * T / seconds}
@@ -290,7 +296,9 @@ def evaluate(config, how, ranks):
         if not one_vocabulary:
             console.print('different tokenizers: losses and perplexities are not comparable, bits per byte are')
         for entry in entries:
-            if entry.model.config.model_type != 'diffusion' and not entry.model.causal:
+            if not found[entry.name]:
+                console.print(f'{entry.name} ({entry.model.config.model_type}) has no likelihood: its samples can be judged')
+            elif entry.model.config.model_type != 'diffusion' and not entry.model.causal:
                 console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
         if samples:
             title = f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}'

@@ -84,7 +84,7 @@ def first_canvas(config, tokenizer, model_config):
 
 def refine_batch(model, canvas, count, config, seed):
     """Refines `count` copies of a canvas (T,) -> the list of Steps, the first of them before anything was done."""
-    idx = canvas.to(model.lm_head.weight.device).repeat(count, 1)
+    idx = canvas.to(model.device).repeat(count, 1)
     nothing = torch.zeros(idx.shape, dtype=torch.float64)
     first = Step(idx, nothing, nothing.bool(), torch.zeros(count, dtype=torch.long))
     return [first, *model.refine(idx, config, seed)]
@@ -121,7 +121,7 @@ def doubted(model, ids, threshold):
     """Which of the token ids (T,) the model answers with [MASK], block by block -> (T,) bool."""
     found = []
     for block in ids.split(model.config.block_size):
-        logits, _ = model(block[None].to(model.lm_head.weight.device))
+        logits, _ = model(block[None].to(model.device))
         found.append((logits[0].double().softmax(-1)[:, -1] > threshold).cpu())
     return torch.cat(found)
 

@@ -32,6 +32,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def concatenate(self, tensor, dim):
+        """The tensors of all ranks, which have one shape, one behind the other in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim)
+
     def gather(self, value):
         """The values of all ranks, on every rank."""
         values = [value] * self.world_size

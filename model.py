@@ -8,12 +8,14 @@ dd        drift-diffusion attention; rotating: a rotary embedding of its own for
 heat      heat-kernel attention: Curry, "Diffusion Attention: Replacing Softmax with Heat Kernel Dynamics", zenodo 18004600
 diffusion masked diffusion: attention looks both ways, masked tokens are filled in and, with the repair objective, wrong ones
           flagged: Sahoo et al., arXiv 2406.07524; refinement.py has the samplers
+drifting  noise to text in one forward pass: Deng, Li, Li, Du, He, arXiv 2602.04770; drifting.py has the field it learns from
 
 `published=True` gives a type as it was published where the default mends a flaw of it.
 """
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
+from drifting import STYLES, batch, features, residual
 from machine import packed_linear
 from objectives import OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
@@ -32,8 +35,9 @@ OPTIONS = {  # which options a model type has beyond those of all
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
     'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct'),
+    'drifting': ('encoder', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
-NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies')  # not matrices, though some have two dimensions
+NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
@@ -69,6 +73,11 @@ class GPTConfig:
     positions: str = option('rotary', 'diffusion: what tells the places of tokens apart', ('rotary', 'learned', 'both'))
     penalty_keep_mask: float = option(0.25, 'diffusion, repair: weight of a masked token that is answered with [MASK]')
     penalty_mask_correct: float = option(0.5, 'diffusion, repair: weight of a right token that is answered with [MASK]')
+    encoder: str = option('', "drifting: folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose features text is compared")
+    drift_output: str = option('embedding', 'drifting: an embedding for each position, or a mean of those there are',
+                               ('embedding', 'soft'))
+    drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
+    drift_positives: int = option(0, 'drifting: real examples beyond as many as are generated')
 
     def __post_init__(self):
         one_of('model_type', self.model_type, MODEL_TYPES)
@@ -81,8 +90,15 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 1')
-        if self.n_inner < 0:
-            raise UserError(f'n_inner={self.n_inner} must be at least 0')
+        for name in ('n_inner', 'drift_prefix', 'drift_positives'):
+            if getattr(self, name) < 0:
+                raise UserError(f'{name}={getattr(self, name)} must be at least 0')
+        if self.model_type == 'drifting':
+            if not self.encoder:
+                raise UserError('drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run '
+                                'on the same data, or hf:gpt2')
+            if self.drift_prefix >= self.block_size:
+                raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
@@ -113,7 +129,7 @@ class GPTConfig:
 
     @property
     def has_rotary(self):
-        return self.model_type == 'rotating' or (self.model_type == 'diffusion' and self.positions != 'learned')
+        return self.model_type in ('rotating', 'drifting') or self.model_type == 'diffusion' and self.positions != 'learned'
 
     @property
     def textless_ids(self):
@@ -496,13 +512,84 @@ class Block(nn.Module):
         return x
 
 
+class GeneratorBlock(nn.Module):
+    """A DiT block without biases: attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and
+    gated by a condition, the gates closed at first (adaLN-Zero). Peebles and Xie, arXiv 2212.09748."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.n_embd, config.n_embd // config.n_head
+        inner = 64 * math.ceil(8 * C / 3 / 64)
+        self.n_head = config.n_head
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.q_norm, self.k_norm, self.rope = nn.RMSNorm(D), nn.RMSNorm(D), RotaryEmbedding(config)
+        self.c_fc, self.c_out = nn.Linear(C, 2 * inner, bias=False), nn.Linear(inner, C, bias=False)
+        self.modulation = nn.Linear(C, 6 * C, bias=False)
+
+    def forward(self, x, condition, mask=None):
+        """x (B, T, C), condition (B, C) -> (B, T, C). mask (T, T) says who may see whom."""
+        B, T, C = x.shape
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
+        q, k, v = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k = self.rope(self.q_norm(q), self.k_norm(k), 0)
+        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask)
+        x = x + gate_1 * self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        h = F.rms_norm(x, (C,)) * (1 + scale_2) + shift_2
+        gate, value = self.c_fc(h).chunk(2, dim=-1)
+        return x + gate_2 * self.c_out(F.silu(gate) * value)
+
+
+class Generator(nn.Module):
+    """drifting: noise (B, T, C), style indices and maybe given embeddings -> embeddings (B, T, C), all in one pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.c_in = nn.Linear(C, C)
+        self.c_prefix = nn.Linear(C, C) if config.drift_prefix else None
+        self.condition = nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Linear(C, C))
+        self.codebook = nn.Parameter(torch.randn(STYLES, C) * 0.02)
+        self.h = nn.ModuleList(GeneratorBlock(config) for _ in range(config.n_layer))
+        self.modulation = nn.Linear(C, 2 * C)
+        self.c_out = nn.Linear(C, C)
+
+    def start(self, mean_embedding):
+        """Gates closed; every position near the mean embedding of the vocabulary."""
+        for block in self.h:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.modulation.weight)
+        with torch.no_grad():
+            self.c_out.bias.copy_(mean_embedding)
+
+    def forward(self, noise, style, prefix=None, run=lambda block, *inputs: block(*inputs)):
+        """prefix (B, P, C): embeddings of given tokens, which see each other only. `run` is how blocks are called."""
+        B, T, C = noise.shape
+        condition = F.silu(self.condition(noise.mean(1)) + self.codebook[style].mean(1))
+        x, mask = self.c_in(noise), None
+        if prefix is not None and prefix.size(1):
+            P = prefix.size(1)
+            x = torch.cat((self.c_prefix(prefix), x[:, P:]), dim=1)
+            mask = torch.ones(T, T, dtype=torch.bool, device=x.device)
+            mask[:P, P:] = False
+        for block in self.h:
+            x = run(block, x, condition, mask)
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.c_out(F.rms_norm(x, (C,)) * (1 + scale) + shift)
+
+
 class GPT(nn.Module):
+
+    encoder = None
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.objective = get_objective(config)
         self.gradient_checkpointing = False
+        if config.model_type == 'drifting':
+            self._build_drifting(config)
+            return
         padded = self.padded_vocab_size(config.vocab_size + config.textless_ids)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd),
@@ -530,13 +617,38 @@ class GPT(nn.Module):
         if isinstance(module, DiffusionTime):  # after its parts: apply goes from the inside out
             module.start()
 
+    def _build_drifting(self, config):
+        """The encoder is frozen and someone else's: not among the parameters, not in the state dict."""
+        from checkpoint import load_encoder
+        encoder = load_encoder(config.encoder)
+        for name, mine in (('n_embd', config.n_embd), ('vocab_size', config.vocab_size)):
+            if getattr(encoder.config, name) != mine:
+                raise UserError(f'encoder={config.encoder} has {name}={getattr(encoder.config, name)}, not {mine}: the '
+                                'generator must have the same')
+        if encoder.config.block_size < config.block_size:
+            raise UserError(f'encoder={config.encoder} reads {encoder.config.block_size} tokens at most: lower --block_size')
+        object.__setattr__(self, 'encoder', encoder.requires_grad_(False))
+        self.generator = Generator(config)
+        self.apply(self._init_weights)
+        self.generator.start(encoder.transformer.wte.weight[:config.vocab_size].mean(0))
+
+    def _apply(self, fn, recurse=True):
+        if self.encoder is not None:
+            self.encoder._apply(fn)  # it goes where the model goes
+        return super()._apply(fn, recurse)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     @staticmethod
     def padded_vocab_size(vocab_size):
         return math.ceil(vocab_size / PAD_VOCAB_TO) * PAD_VOCAB_TO
 
     def num_params(self):
         """Parameters, without the position table (nanoGPT's count)."""
-        positions = self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
+        has_table = self.config.model_type != 'drifting' and 'wpe' in self.transformer
+        positions = self.transformer.wpe.weight.numel() if has_table else 0
         return sum(p.numel() for p in self.parameters()) - positions
 
     def flops_per_token(self):
@@ -602,7 +714,11 @@ class GPT(nn.Module):
 
         With targets the logits are those of every position, (B, T, n_logits); return_logits=False leaves them None
         and is faster by far where the vocabulary is large. Without targets: logits of the last position, (B, 1,
-        n_logits), or with diffusion of every one, and None."""
+        n_logits), or with diffusion of every one, and None. drifting takes noise (B, T, C), a drifting.Field and style
+        indices (B, 32), and has no logits."""
+        if self.config.model_type == 'drifting':
+            found = features(self.encoder, self.generator_output(idx, weights, targets.prefix), targets.places)
+            return None, residual(found, targets)
         x = self.trunk(idx, fill=targets is not None and targets.size(1) > idx.size(1))
         if targets is None:
             return self.head(x if self.config.model_type == 'diffusion' else x[:, [-1]]), None
@@ -611,19 +727,46 @@ class GPT(nn.Module):
             return logits, self.objective.loss(logits, targets, weights)
         return None, self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, targets, weights)
 
+    def states(self, x, depths):
+        """Hidden states (B, T, C) after each of so many blocks, in rising order, of input embeddings x (B, T, C), which
+        positions are added to; the last block's after the final norm."""
+        x, found = x + self.transformer.wpe.weight[:x.size(1)], []
+        for number, block in enumerate(self.transformer.h, start=1):
+            x = self._run(block, x)
+            if number in depths:
+                found.append(self.transformer.ln_f(x) if number == len(self.transformer.h) else x)
+        return found
+
+    def generator_output(self, noise, style, prefix=None):
+        """drifting: noise (B, T, C), style indices (B, 32), ids (B, P) that the text starts with -> embeddings (B, T, C)."""
+        table = self.encoder.transformer.wte.weight[:self.config.vocab_size]
+        given = table[prefix] if prefix is not None and prefix.size(1) else None
+        again = {'run': partial(checkpoint, use_reentrant=False)} if self.gradient_checkpointing and self.training else {}
+        x = self.generator(noise, style, given, **again)
+        if self.config.drift_output == 'soft':
+            x = F.linear(x, table).float().softmax(-1).to(table.dtype) @ table
+        return x if given is None else torch.cat((given.to(x.dtype), x[:, given.size(1):]), dim=1)
+
+    def similarities(self, x):
+        """Cosines (B, T, V) of embeddings x (B, T, C) and those of the vocabulary."""
+        table = self.encoder.transformer.wte.weight[:self.config.vocab_size].float()
+        return F.normalize(x.float(), dim=-1) @ F.normalize(table, dim=-1).t()
+
     def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
         seconds where the whole model takes a minute, and the head stays free to work in chunks."""
-        if self.lm_head.weight.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
+        if self.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
             torch._inductor.config.fallback_random = True
-        for block in self.transformer.h:
+        blocks = self.generator.h if self.config.model_type == 'drifting' else self.transformer.h
+        for block in blocks:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
 
     @property
     def causal(self):
         """Whether a later token changes nothing of an earlier one: diffusion and published adaptive heat look ahead."""
         c = self.config
-        return not (c.model_type == 'diffusion' or (c.model_type == 'heat' and c.heat_t == 'adaptive' and c.published))
+        looks_ahead = c.model_type == 'heat' and c.heat_t == 'adaptive' and c.published
+        return c.model_type not in ('diffusion', 'drifting') and not looks_ahead
 
     # -- optimizer ------------------------------------------------------------------------------------------------------
 
@@ -681,6 +824,22 @@ class GPT(nn.Module):
                 return
             yield step
 
+    @torch.inference_mode()
+    def generate_at_once(self, count, length, temperature=1.0, seed=None, prefix=None):
+        """drifting: ids (count, length) in one forward pass, which start with the ids prefix (P,). Each position takes the
+        token of the nearest embedding; at temperatures other than 1 it is drawn, by softmax of cosines / temperature."""
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        noise, _, style = batch(torch.zeros(count, length, dtype=torch.long), rng, n_embd=self.config.n_embd)
+        given = None if prefix is None else prefix.to(self.device).expand(count, -1)
+        cosines = self.similarities(self.generator_output(noise.to(self.device), style.to(self.device), given))
+        if temperature == 1.0:
+            ids = cosines.argmax(-1)
+        else:
+            ids = sample_logits(cosines.flatten(0, 1).cpu(), temperature, rng=rng).view(count, length).to(self.device)
+        if given is not None:
+            ids[:, :given.size(1)] = given
+        return ids.clone()
+
     def _packed(self, rows):
         """{linear: a faster way to its product with so many rows}, where there is one: on a CPU, in float32."""
         linears = [m for m in self.modules() if isinstance(m, Linear)]
@@ -702,7 +861,7 @@ class GPT(nn.Module):
                 linear.lent = None
 
     def _compute_dtype(self):
-        device_type = self.lm_head.weight.device.type
+        device_type = self.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.lm_head.weight.dtype

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import drifting
 from configurator import one_of
 from data import derive_seed
 from machine import autocast
@@ -30,6 +31,8 @@ class Objective:
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
     eval_batch: make_batch of evaluation, where it differs.
+    numbers: (range of example numbers, rng) -> those that make_batch gets to see, where it differs.
+    couple: (model, micro-batches of this rank, ranks) -> the same, once each has seen the others of the iteration.
     """
     make_batch: Callable
     head_loss: Callable
@@ -39,6 +42,8 @@ class Objective:
     window: Callable
     val_metric: str
     eval_batch: Callable | None = None
+    numbers: Callable | None = None
+    couple: Callable | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,12 +162,12 @@ def sum_in_chunks(model, x, targets, measure=prediction_sums):
 
 
 def add(parts):
-    """One {name: sum} of several; what is called '..._min' or '..._max' is the least or the greatest of them."""
+    """One {name: sum} of several; what is called '..._min' or '..._max' is the least or the greatest of them, '..._all' is
+    laid one behind the other."""
     together = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         values = [part[name] for part in parts if name in part]
-        extreme = {'min': min, 'max': max}.get(name.rpartition('_')[2])
-        together[name] = extreme(values) if extreme else sum(values)
+        together[name] = {'min': min, 'max': max, 'all': torch.cat}.get(name.rpartition('_')[2], sum)(values)
     return together
 
 
@@ -418,8 +423,16 @@ def diffusion(config):
                      eval_batch=partial(both_batches, repair=repair, count=count), **common)
 
 
+def one_step(config):
+    make_batch = partial(drifting.batch, n_embd=config.n_embd)
+    return Objective(make_batch=partial(make_batch, extra=config.drift_positives), eval_batch=make_batch,
+                     head_loss=None, loss=None, metrics=drifting.metrics, summary=drifting.summary,
+                     window=lambda block_size: block_size, val_metric='js_2', couple=drifting.couple,
+                     numbers=partial(drifting.numbers, extra=config.drift_positives))
+
+
 OBJECTIVES = {'gpt2': next_token, 'dd': next_token, 'heat': next_token, 'rotating': next_token, 'parallel': next_token,
-              'duo': duo, 'diffusion': diffusion}
+              'duo': duo, 'diffusion': diffusion, 'drifting': one_step}
 
 
 def get_objective(config):

@@ -4,6 +4,8 @@ Text out of a trained checkpoint.
     python sample.py --out_dir=out --start="def main(" --num_samples=3
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=1     streams as it goes
     python sample.py --init_from=hf:gpt2-xl --start="What is the answer?"      published weights, no training
+
+A drifting model writes all of a sample in one forward pass; --temperature=1, its default, takes the nearest tokens.
 """
 import codecs
 import sys
@@ -13,13 +15,14 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
-from configurator import UserError, configure, option, run
+from configurator import UserError, build, option, read_values, run
 from data import derive_seed
 from machine import DTYPES, autocast, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_meta, tokenizer_from_spec
 
 SAMPLES_AT_ONCE = 64
+ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for drifting
 
 
 @dataclass
@@ -83,7 +86,7 @@ def read_prompt(start):
 
 def generate(model, tokenizer, prompt, count, config, seed):
     """Yields, per step, the new token ids of `count` samples: a list with None where a sample has ended."""
-    idx = torch.tensor([prompt] * count, device=model.lm_head.weight.device)
+    idx = torch.tensor([prompt] * count, device=model.device)
     done = [False] * count
     for column in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p, seed):
         ids = column.tolist()
@@ -119,17 +122,43 @@ def print_samples(text, tokenizer, model, prompt, config):
     return tokens
 
 
+def print_at_once(text, tokenizer, model, prompt, config):
+    """Prints all samples of a drifting model; returns their number of tokens."""
+    c = model.config
+    if len(prompt) > c.drift_prefix:
+        raise UserError(f'the prompt has {len(prompt)} tokens, and the model was trained with at most '
+                        f'drift_prefix={c.drift_prefix}: shorten it, or train with a larger --drift_prefix')
+    length, tokens, passes = min(c.block_size, len(prompt) + config.max_new_tokens), 0, 0
+    for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
+        count = min(SAMPLES_AT_ONCE, config.num_samples - first)
+        prefix = torch.tensor(prompt) if prompt else None
+        ids = model.generate_at_once(count, length, config.temperature, derive_seed(config.seed, first), prefix)
+        passes += 1
+        tokens += ids[:, len(prompt):].numel()
+        for row in ids.tolist():
+            print(text + tokenizer.decode(row[len(prompt):]), '---------------', sep='\n', flush=True)
+    print(f'1 forward pass (NFE) for each sample, {passes} in all', file=sys.stderr)
+    return tokens
+
+
 def main(argv):
-    config, words = configure(argv, SampleConfig, description=__doc__)
-    text = read_prompt(config.start)
+    values, _ = read_values(argv, SampleConfig, description=__doc__)
+    config, = build(values, SampleConfig)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
     model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
-    prompt = tokenizer.encode(text) or [tokenizer.eot]
+    if model.config.model_type == 'drifting':
+        config, = build(ONE_STEP | values, SampleConfig)
+    text = read_prompt(config.start)
+    prompt = tokenizer.encode(text)
+    if not prompt and model.config.model_type != 'drifting':
+        prompt = [tokenizer.eot]
     started = time.perf_counter()
     with autocast(device, dtype):
-        if config.num_samples == 1:
+        if model.config.model_type == 'drifting':
+            tokens = print_at_once(text, tokenizer, model, prompt, config)
+        elif config.num_samples == 1:
             tokens = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
         else:
             tokens = print_samples(text, tokenizer, model, prompt, config)

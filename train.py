@@ -221,6 +221,10 @@ class Trainer:
         if weights is not None:
             fresh = checkpoint.start_from(model, weights, rows)
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
+        if model.encoder is not None:
+            refuse_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
+            its = [model.encoder.source['run_id'], *model.encoder.source['parents']]
+            self.parents = [*self.parents, *(name for name in its if name not in self.parents)]
         model.gradient_checkpointing = c.gradient_checkpointing
         return model.to(self.ranks.device)
 
@@ -277,7 +281,7 @@ class Trainer:
         self.model.load_state_dict(state['model'])
         if self.average:
             self.average.load(state.get('ema') or state['model'])
-        settings = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
         for group, now in zip(self.optimizer.param_groups, settings):
             group.update(now)  # it brought the old weight_decay and betas along
@@ -378,8 +382,11 @@ class Trainer:
         """The micro-batch with this number among all of all ranks and iterations."""
         B = self.config.batch_size
         windows = self.windows['train']
-        tokens = windows.read(windows.offsets(range(micro * B, (micro + 1) * B)))
         rng = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, micro))
+        numbers = range(micro * B, (micro + 1) * B)
+        if self.objective.numbers:
+            numbers = self.objective.numbers(numbers, rng)
+        tokens = windows.read(windows.offsets(numbers))
         steps = self.config.gradient_accumulation_steps
         return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
 
@@ -399,8 +406,11 @@ class Trainer:
         here = c.gradient_accumulation_steps // ranks.world_size
         first = self.iter_num * c.gradient_accumulation_steps + ranks.rank * here
         total = torch.zeros((), device=ranks.device)
-        for i in range(here):
-            batch = self._batch(first + i)
+        batches = (self._batch(first + i) for i in range(here))
+        if self.objective.couple:
+            with autocast(ranks.device, self.dtype):
+                batches = self.objective.couple(self.model, list(batches), ranks)
+        for i, batch in enumerate(batches):
             last = i == here - 1
             with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
                 with autocast(ranks.device, self.dtype):

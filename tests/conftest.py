@@ -59,10 +59,23 @@ def data_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope='session')
+def encoder(data_dir):
+    """The folder of a tiny gpt2 run on `tiny_byte`, which a drifting model takes its features from."""
+    values = TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=os.path.join(data_dir, 'encoder'), max_iters=20)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    return values['out_dir']
+
+
 @pytest.fixture
-def settings(tmp_path, data_dir):
+def settings(tmp_path, data_dir, encoder):
     """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path."""
     def make(out_dir='run', **overrides):
+        if overrides.get('model_type') == 'drifting':
+            overrides = {'encoder': encoder, 'drift_positives': 2} | overrides
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
     return make
 

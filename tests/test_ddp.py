@@ -48,7 +48,9 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     for name, weight in a['model'].items():
         assert (weight - b['model'][name]).abs().max() < 1e-6, name
     for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert {k for k, v in mine.items() if v is None} == {k for k, v in theirs.items() if v is None}
+        known = {k: v for k, v in mine.items() if v is not None}
+        assert known == pytest.approx({k: theirs[k] for k in known}, rel=1e-5)
 
 
 def save_gradients(argv, path):
@@ -74,7 +76,8 @@ def test_gradients_of_two_ranks_are_those_of_one(tiny, command_line, fork_ranks,
     trainer.optimizer.zero_grad = lambda set_to_none: None
     trainer._step()
     for name, p in trainer.model.named_parameters():
-        assert (p.grad - two[name]).abs().max() < min(1e-6, p.grad.abs().max() / 10), name
+        largest = p.grad.abs().max()
+        assert (p.grad - two[name]).abs().max() <= min(1e-6 * max(1, largest), largest / 10), name
 
 
 @every_type

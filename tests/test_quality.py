@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_model import make
 
+import ngrams
 import quality
 
 rng = np.random.default_rng(0)
@@ -54,32 +55,32 @@ def test_the_divergence_of_ngrams_is_that_of_counting(n):
     for gram in p.keys() | q.keys():
         m = (p.get(gram, 0) + q.get(gram, 0)) / 2
         wanted += sum(x[gram] * math.log2(x[gram] / m) / 2 for x in counts if x.get(gram))
-    assert quality.ngram_divergence(a, b, n) == pytest.approx(wanted)
-    assert quality.ngram_divergence(a, a, n) == 0 and quality.ngram_divergence(a, a + 9, n) == pytest.approx(1)
+    assert ngrams.divergence(a, b, n) == pytest.approx(wanted)
+    assert ngrams.divergence(a, a, n) == 0 and ngrams.divergence(a, a + 9, n) == pytest.approx(1)
 
 
 def test_repetition_entropy_and_distinct():
     samples = np.array([[1, 2, 1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8]])
-    assert quality.repetition(samples) == pytest.approx((3 / 5 + 0) / 2)
-    assert quality.entropy(samples) == pytest.approx((math.log(2) + math.log(8)) / 2)
-    assert quality.distinct(samples, 1) == 8 / 16 and quality.distinct(samples, 2) == 8 / 14
+    assert ngrams.repetition(samples) == pytest.approx((3 / 5 + 0) / 2)
+    assert ngrams.entropy(samples) == pytest.approx((math.log(2) + math.log(8)) / 2)
+    assert ngrams.distinct(samples, 1) == 8 / 16 and ngrams.distinct(samples, 2) == 8 / 14
 
 
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_ngram_models_say_what_the_text_says(n):
     text = rng.integers(4, size=3000) + np.arange(3000) % 3
-    samples = quality.from_ngrams(text, n, 400, 40, np.random.default_rng(1))
-    real = quality.real(text, 400, 40, np.random.default_rng(2))
-    known = {tuple(g) for g in quality.ngrams(text[None], n).tolist()}
-    assert {tuple(g) for g in quality.ngrams(samples, n).tolist()} <= known
-    assert quality.ngram_divergence(samples, real, n) < 0.02
+    samples = ngrams.from_ngrams(text, n, 400, 40, np.random.default_rng(1))
+    real = ngrams.real(text, 400, 40, np.random.default_rng(2))
+    known = {tuple(g) for g in ngrams.windows(text[None], n).tolist()}
+    assert {tuple(g) for g in ngrams.windows(samples, n).tolist()} <= known
+    assert ngrams.divergence(samples, real, n) < 0.02
     if n == 1:
-        assert quality.ngram_divergence(samples, real, 2) > 0.025
+        assert ngrams.divergence(samples, real, 2) > 0.025
 
 
 def test_spans_are_of_the_text_and_their_order_is_not():
     text = np.arange(500)
-    samples = quality.shuffled_spans(text, 50, 20, np.random.default_rng(1))
+    samples = ngrams.shuffled_spans(text, 50, 20, np.random.default_rng(1))
     assert samples.shape == (50, 20)
     steps = np.diff(samples, axis=1) == 1
     assert steps[:, [i for i in range(19) if i % 8 != 7]].all() and not steps[:, 7].all()

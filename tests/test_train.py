@@ -323,12 +323,12 @@ def test_starting_from_another_run(tiny, model_type):
     assert trainer.iter_num == 0 and not trainer.optimizer.state and trainer.model.config.n_layer == 2
     trainer.train()
     state = load(child.out_dir)
-    assert state['parents'] == [parent['run_id']] and state['run_id'] != parent['run_id']
+    assert state['parents'] == [parent['run_id'], *parent['parents']] and state['run_id'] != parent['run_id']
     grandchild, model_config = tiny(out_dir='grandchild', model_type=model_type, init_from=child.out_dir)
     train.train(grandchild, model_config)
-    assert load(grandchild.out_dir)['parents'] == [state['run_id'], parent['run_id']]
+    assert load(grandchild.out_dir)['parents'] == [state['run_id'], *state['parents']]
     with open(f'{grandchild.out_dir}/config.json', encoding='utf-8') as f:
-        assert json.load(f)['parents'] == [state['run_id'], parent['run_id']]
+        assert json.load(f)['parents'] == [state['run_id'], *state['parents']]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,14 +622,16 @@ def test_gradient_checkpointing_gives_equal_weights(tiny, model_type):
     for on in (False, True):
         config, model_config = tiny(**HARD | dict(out_dir=f'{on}', model_type=model_type, gradient_checkpointing=on))
         trainer = Trainer(config, model_config, Ranks())
-        module = next(m for name, m in trainer.model.named_modules() if name == 'transformer.h.0.mlp')
+        inside = ('transformer.h.0.mlp', 'generator.h.0.c_fc')
+        module = next(m for name, m in trainer.model.named_modules() if name in inside)
         count = [0]
         module.register_forward_pre_hook(lambda m, args, count=count: count.__setitem__(0, count[0] + m.training))
         trainer.train()
         states.append(dict(load(config.out_dir)['model']))
         calls.append(count[0])
     assert_same(*states)
-    assert calls[1] == 2 * calls[0]  # every block is run again in the backward pass
+    # every block is run again in the backward pass; drifting has one pass without gradients before
+    assert calls[1] == (1.5 if model_type == 'drifting' else 2) * calls[0]
 
 
 def test_compiled_training_is_nearly_the_same(losses_of, tmp_path):

@@ -1,0 +1,400 @@
+"""Drifting: the field against the formula and its known properties, the generator, the coupled batch, one-step samples."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, resume
+
+import checkpoint
+import drifting
+import sample
+import train
+from configurator import UserError
+from drifting import (
+    AFFINITY_FLOOR,
+    ITSELF,
+    TEMPERATURES,
+    depths,
+    distances,
+    drift,
+    features,
+    numbers,
+    pool,
+    raw_field,
+    residual,
+)
+from machine import Ranks
+from model import GPT, GPTConfig
+from train import Trainer
+
+
+def points(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the raw field
+
+def field_in_a_loop(x, positive, negative, temperature, floor, itself=0.0):
+    """Algorithm 1 of the paper, one pair at a time, in Python floats."""
+    targets = [*negative.tolist(), *positive.tolist()]
+    n = len(negative)
+    logits = [[-(max(1e-4, math.dist(a, b)) + (itself if i == j and j < n else 0.0)) / temperature
+               for j, b in enumerate(targets)] for i, a in enumerate(x.tolist())]
+    rows = [sum(map(math.exp, row)) for row in logits]
+    columns = [sum(math.exp(row[j]) for row in logits) for j in range(len(targets))]
+    field = []
+    for i, row in enumerate(logits):
+        A = [max(floor, math.sqrt(math.exp(v) / rows[i] * math.exp(v) / columns[j])) for j, v in enumerate(row)]
+        minus, plus = sum(A[:n]), sum(A[n:])
+        field.append([minus * sum(A[n + j] * p[d] for j, p in enumerate(positive.tolist()))
+                      - plus * sum(A[j] * p[d] for j, p in enumerate(negative.tolist())) for d in range(x.size(1))])
+    return torch.tensor(field, dtype=torch.float64)
+
+
+@pytest.mark.parametrize('floor', [0.0, AFFINITY_FLOOR, 0.1])
+@pytest.mark.parametrize('itself', [None, 3.0])
+def test_the_field_is_its_formula(floor, itself):
+    x, positive = points(5, 3), points(7, 3, seed=1)
+    negative = x if itself else points(4, 3, seed=2)
+    found = raw_field(x, positive, negative, 0.7, floor, itself)
+    assert torch.allclose(found, field_in_a_loop(x, positive, negative, 0.7, floor, itself or 0.0), atol=1e-9)
+
+
+def test_exchanging_the_groups_negates_it_and_equal_groups_leave_nothing():
+    x, a, b = points(6, 4), points(9, 4, seed=1), points(9, 4, seed=2)
+    assert torch.allclose(raw_field(x, a, b, 0.5), -raw_field(x, b, a, 0.5), atol=1e-12)
+    assert raw_field(x, a, a, 0.5).abs().max() < 1e-12
+    assert raw_field(x, a, b, 0.5).abs().max() > 1e-3
+
+
+def test_it_moves_turns_and_grows_with_its_points():
+    x, a, b = points(6, 4), points(9, 4, seed=1), points(8, 4, seed=2)
+    V = raw_field(x, a, b, 0.5)
+    shift = points(4, seed=3) * 5
+    assert torch.allclose(raw_field(x + shift, a + shift, b + shift, 0.5), V, atol=1e-9)
+    assert torch.allclose(raw_field(3 * x, 3 * a, 3 * b, 1.5), 3 * V, atol=1e-9)
+    Q, _ = torch.linalg.qr(points(4, 4, seed=4))
+    assert torch.allclose(raw_field(x @ Q, a @ Q, b @ Q, 0.5), V @ Q, atol=1e-9)
+    order = torch.randperm(6)
+    assert torch.allclose(raw_field(x[order], a.flip(0), b.flip(0), 0.5), V[order], atol=1e-9)
+
+
+def test_coefficients_of_a_row_sum_to_zero():
+    """Then a constant added to all targets, and not to x, changes nothing but through the distances: the field of targets
+    with a further coordinate that is the same for all has nothing there."""
+    x, a, b = points(6, 4), points(9, 4, seed=1), points(8, 4, seed=2)
+    further = [torch.cat((p, torch.full((len(p), 1), 7.0, dtype=p.dtype)), 1) for p in (x, a, b)]
+    V = raw_field(*further, 0.5)
+    assert V[:, -1].abs().max() < 1e-12
+    assert torch.allclose(V[:, :-1], raw_field(x, a, b, 0.5), atol=1e-9)
+
+
+def test_a_sample_hardly_repels_itself():
+    x, a = points(6, 4), points(9, 4, seed=1)
+    logits = -(torch.cat((distances(x, x) + ITSELF * torch.eye(6), distances(x, a)), 1)) / 0.2
+    affinity = (logits.softmax(-1) * logits.softmax(-2)).sqrt().clamp(min=AFFINITY_FLOOR)
+    assert torch.equal(affinity.diagonal(), torch.full((6,), AFFINITY_FLOOR, dtype=affinity.dtype))
+    assert not torch.allclose(raw_field(x, a, x, 0.2, itself=ITSELF), raw_field(x, a, x, 0.2))
+
+
+def test_between_samples_of_one_distribution_it_falls_with_their_root():
+    def rms(n):
+        found = [raw_field(points(n, 2, seed=10 + s), points(n, 2, seed=50 + s), points(n, 2, seed=10 + s), 0.2, 0.0, ITSELF)
+                 for s in range(12)]
+        return float(torch.stack([V.square().mean() for V in found]).mean().sqrt())
+    small, large = rms(32), rms(512)
+    assert 2.5 < small / large < 6.5  # 4 is expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the normalised drift
+
+def test_one_temperature_gives_a_loss_of_one_and_three_no_more_than_nine():
+    x, a = points(2, 30, 8), points(2, 40, 8, seed=1)
+    for temperatures in ((0.2,), (0.05,), TEMPERATURES):
+        targets, scale, _ = drift(x, a, temperatures)
+        loss = (x.float() / scale - targets).square().mean()
+        if len(temperatures) == 1:
+            assert loss == pytest.approx(1, abs=1e-3)
+        assert 0.5 < loss <= len(temperatures) ** 2 + 1e-3
+
+
+def test_features_ten_times_as_large_have_the_same_drift():
+    x, a = points(1, 30, 8), points(1, 40, 8, seed=1)
+    (mine, scale, rms), (theirs, larger, rms_10) = drift(x, a), drift(10 * x, 10 * a)
+    assert torch.allclose(mine, theirs, atol=1e-3) and larger / scale == pytest.approx(10, rel=1e-4)
+    assert all(rms[t] == pytest.approx(float(rms_10[t]), rel=1e-3) for t in TEMPERATURES)
+    assert (x / scale).std() == pytest.approx(1 / math.sqrt(2), rel=0.1)  # a mean distance of sqrt(D)
+
+
+def test_it_is_the_raw_field_of_scaled_features():
+    x, a = points(20, 6), points(25, 6, seed=1)
+    targets, scale, rms = drift(x[None], a[None], (0.2,))
+    mean = torch.cat((distances(x, x), distances(x, a)), 1).mean()
+    assert scale == pytest.approx(float(mean / math.sqrt(6)), rel=1e-5)
+    y, b, unit = x / float(scale), a / float(scale), math.sqrt(6)
+    V = raw_field(y, b, y, 0.2 * unit, itself=ITSELF * unit)
+    assert rms[0.2] == pytest.approx(float(V.square().mean().sqrt()), rel=1e-4)
+    assert torch.allclose(targets[0], (y + V / V.square().mean().sqrt()).float(), atol=1e-4)
+
+
+def test_no_gradient_reaches_the_targets_or_the_scale():
+    x = points(1, 10, 4, dtype=torch.float32).requires_grad_()
+    targets, scale, _ = drift(x, points(1, 10, 4, seed=1, dtype=torch.float32))
+    assert not targets.requires_grad and not scale.requires_grad
+    field = drifting.Field({'f': targets}, {'f': scale}, torch.arange(1), None)
+    loss = residual({'f': x}, field)
+    grad, = torch.autograd.grad(loss, x)
+    assert torch.allclose(grad, 2 * (x.detach() / scale - targets) / scale / x.numel(), atol=1e-6)
+
+
+def test_inside_bfloat16_autocast_it_is_float32():
+    x, a = points(1, 20, 16, dtype=torch.float32), points(1, 20, 16, seed=1, dtype=torch.float32)
+    plain = drift(x, a)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        inside, scale, _ = drift(x, a)
+        assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+        field = drifting.Field({'f': inside}, {'f': scale}, torch.arange(1), None)
+        assert residual({'f': x.bfloat16()}, field).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# features
+
+def test_pooling_is_that_of_a_loop():
+    states = points(3, 18, 5, dtype=torch.float32)
+    found = pool(states, torch.tensor([0, 7, 17]))
+    assert torch.equal(found['place'], states[:, [0, 7, 17]].transpose(0, 1))
+    assert set(found) == {'place', 'mean_18', 'std_18', 'mean_4', 'std_4', 'mean_16', 'std_16'}
+    for length in (18, 4, 16):
+        for s in range(18 // length):
+            window = states[:, s * length:(s + 1) * length]
+            assert torch.allclose(found[f'mean_{length}'][s], window.mean(1), atol=1e-6)
+            assert torch.allclose(found[f'std_{length}'][s], (window.var(1, unbiased=False) + 1e-6).sqrt(), atol=1e-6)
+
+
+def test_depths_are_quarters():
+    assert depths(12) == [3, 6, 9, 12] and depths(4) == [1, 2, 3, 4] and depths(2) == [1, 2] and depths(1) == [1]
+
+
+def test_ids_and_their_embeddings_have_the_same_features(encoder):
+    model = checkpoint.load_encoder(encoder)
+    ids = torch.randint(200, (3, 16))
+    states = model.states(model.transformer.wte(ids), [1, 2])
+    assert torch.allclose(states[-1], model.trunk(ids), atol=1e-6)
+    found = features(model, model.transformer.wte(ids), torch.arange(4))
+    assert {name.split('_')[0] for name in found} == {'1', '2'}
+    assert all(values.size(1) == 3 for values in found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the generator
+
+def make(encoder, **options):
+    torch.manual_seed(0)
+    sizes = dict(model_type='drifting', encoder=encoder, block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**sizes | options))
+
+
+def noise_and_style(count=4, length=16):
+    rng = torch.Generator().manual_seed(1)
+    noise, _, style = drifting.batch(torch.zeros(count, length, dtype=torch.long), rng, n_embd=16)
+    return noise, style
+
+
+def test_it_starts_near_the_mean_embedding_and_tells_samples_apart(encoder):
+    model = make(encoder)
+    x = model.generator_output(*noise_and_style())
+    table = model.encoder.transformer.wte.weight[:257]
+    mean = table.mean(0)
+    assert (x - mean).square().mean().sqrt() < 0.2 and x.std(0).min() > 1e-4
+    assert x.shape == (4, 16, 16)
+
+
+def test_blocks_are_closed_at_first_and_open_later(encoder):
+    model = make(encoder)
+    noise, style = noise_and_style()
+    before = model.generator_output(noise, style)
+    assert torch.equal(model.generator_output(noise, (style + 1) % 64), before)  # nothing of the condition arrives
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    opened = model.generator_output(noise, style)
+    assert not torch.allclose(model.generator_output(noise, (style + 1) % 64), opened, atol=1e-4)
+    changed = noise.clone()
+    changed[0, 15] += 1
+    moved = (model.generator_output(changed, style) - opened).abs().amax(-1)
+    assert (moved[0] > 1e-6).all() and moved[1:].max() == 0  # every position sees every other, no sample another
+
+
+def test_the_gradient_flows_through_the_encoder_and_not_into_it(encoder):
+    model = make(encoder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    noise, style = noise_and_style()
+    ids = torch.randint(200, (4, 16))
+    (noise, field, style), = drifting.couple(model, [(noise, ids, style)], Ranks())
+    model(noise, field, style)[1].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(p.grad is None for p in model.encoder.parameters())
+    own = set(model.state_dict())
+    assert own and not any('encoder' in name or name.startswith('transformer') for name in own)
+    assert model.num_params() == sum(p.numel() for p in model.generator.parameters())
+
+
+def test_the_published_size_has_131_million_parameters(encoder):
+    with torch.device('meta'):
+        from model import Generator
+        config = GPTConfig(model_type='drifting', encoder='x', block_size=256, n_layer=12, n_head=12, n_embd=768)
+        count = sum(p.numel() for p in Generator(config).parameters())
+    assert count == pytest.approx(131e6, rel=0.01)
+
+
+def test_soft_output_is_a_mean_of_embeddings(encoder):
+    model = make(encoder, drift_output='soft')
+    noise, style = noise_and_style()
+    x = model.generator_output(noise, style)
+    table = model.encoder.transformer.wte.weight[:257]
+    weights = (model.generator(noise, style) @ table.t()).softmax(-1)
+    assert torch.allclose(x, weights @ table, atol=1e-5)
+
+
+def test_a_prefix_stays_and_sees_nothing_that_follows(encoder):
+    model = make(encoder, drift_prefix=5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    noise, style = noise_and_style()
+    prefix = torch.randint(200, (4, 3))
+    x = model.generator_output(noise, style, prefix)
+    table = model.encoder.transformer.wte.weight
+    assert torch.equal(x[:, :3], table[prefix])
+    other = prefix.clone()
+    other[:, 1] += 1
+    assert ((model.generator_output(noise, style, other) - x)[:, 3:].abs().amax(-1) > 1e-6).all()
+    hidden = []
+    model.generator.h[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    changed = noise.clone()
+    changed[:, 7:] += 1 - changed[:, 7:].mean(1, keepdim=True) + noise[:, 7:].mean(1, keepdim=True) - 1  # the mean stays
+    for n in (noise, changed):
+        model.generator_output(n, style, prefix)
+    assert torch.allclose(hidden[0][:, :3], hidden[1][:, :3], atol=1e-4)
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(encoder=''), '--encoder'), (dict(n_embd=32), 'n_embd=16, not 32'), (dict(vocab_size=300), 'vocab_size'),
+    (dict(block_size=64), 'block_size'), (dict(drift_prefix=16), 'drift_prefix'), (dict(encoder='nowhere'), 'nowhere'),
+])
+def test_what_does_not_fit_is_named(encoder, options, words):
+    with pytest.raises(UserError, match=words):
+        make(**{'encoder': encoder} | options)
+
+
+def test_the_encoder_must_be_a_gpt2_of_the_same_tokenizer(tiny, encoder, tmp_path, data_dir):
+    config, model_config = tiny(out_dir='heat', model_type='heat')
+    train.train(config, model_config)
+    with pytest.raises(UserError, match='must be gpt2'):
+        make(config.out_dir)
+    state = checkpoint.load(checkpoint.find(encoder))
+    state['tokenizer'] = {'name': 'other', 'identity': 'x'}
+    (tmp_path / 'foreign').mkdir()
+    torch.save(state, tmp_path / 'foreign' / 'ckpt.pt')
+    with pytest.raises(UserError, match='tokenizer'):
+        Trainer(*tiny(model_type='drifting', encoder=str(tmp_path / 'foreign')), Ranks())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def test_micro_batches_are_coupled_into_one_field(encoder):
+    """Two micro-batches have the targets and the gradient of one batch of both."""
+    model = make(encoder)
+    noise, style = noise_and_style(6)
+    ids = torch.randint(200, (6, 16))
+    torch.manual_seed(3)
+    (_, whole, _), = drifting.couple(model, [(noise, ids, style)], Ranks())
+    torch.manual_seed(3)
+    halves = drifting.couple(model, [(noise[:3], ids[:3], style[:3]), (noise[3:], ids[3:], style[3:])], Ranks())
+    for name in whole.targets:
+        assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
+    loss = model(noise, whole, style)[1]
+    parts = [model(*half)[1] for half in halves]
+    assert loss.item() == pytest.approx(sum(p.item() for p in parts) / 2, rel=1e-4)
+
+
+def test_further_positives_come_from_the_examples_before():
+    rng = torch.Generator().manual_seed(0)
+    found = numbers(range(5000, 5008), rng, extra=300)
+    assert found[:8] == list(range(5000, 5008)) and len(found) == 308
+    assert min(found[8:]) >= 4000 and max(found[8:]) < 5000 and len(set(found[8:])) > 200
+    assert set(numbers(range(0, 8), rng, extra=50)[8:]) <= set(range(8))
+    assert min(numbers(range(8, 16), rng, extra=50)[8:]) >= 0
+
+
+def test_a_run_says_what_matters_and_keeps_the_best_by_divergence(tiny, encoder):
+    config, model_config = tiny(model_type='drifting', ema=0.9, max_iters=6)
+    assert train.train(config, model_config) == 0
+    with open(f'{config.out_dir}/metrics.jsonl') as f:
+        evaluations = [json.loads(line) for line in f if 'val_loss' in line]
+    names = {'val_js_3', 'val_diversity', 'val_vocabulary_distance', 'val_distinct_2', 'val_collapsed', 'val_field_0.02',
+             'val_field_0.05', 'val_field_0.2'}
+    assert names <= set(evaluations[-1])
+    state = checkpoint.load(checkpoint.find(config.out_dir))
+    assert state['best_val_loss'] == min(e['val_loss'] for e in evaluations if e['iter'])
+    assert state['parents'] == [checkpoint.load(checkpoint.find(encoder))['run_id']]
+    assert resume(config.out_dir, '--max_iters=8') == 0
+
+
+def test_collapse_is_reported():
+    real = torch.randint(50, (20, 16))
+    same = torch.zeros_like(real)
+    sums = {'count': torch.tensor(1.0), 'samples_all': same, 'real_all': real}
+    assert drifting.summary(sums)['collapsed'] == 1
+    assert drifting.summary(sums | {'samples_all': real.flip(0)})['collapsed'] == 0
+    assert drifting.summary(sums | {'samples_all': real.flip(0)})['js_2'] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples
+
+@pytest.fixture(scope='module')
+def out_dir(tmp_path_factory, data_dir, encoder):
+    settings = TINY | {'data_dir': data_dir, 'dataset': 'tiny_byte', 'model_type': 'drifting', 'encoder': encoder,
+                       'drift_prefix': 4, 'out_dir': str(tmp_path_factory.mktemp('drifting'))}
+    assert train.main([f'--{key}={value}' for key, value in settings.items()]) == 0
+    return settings['out_dir']
+
+
+def test_samples_are_made_in_one_pass(out_dir, capsys):
+    sample.main([f'--out_dir={out_dir}', '--device=cpu'])
+    said = capsys.readouterr()
+    assert said.out.count('---------------') == 16 and '1 forward pass (NFE)' in said.err
+    sample.main([f'--out_dir={out_dir}', '--device=cpu', '--start=abc', '--num_samples=2', '--temperature=0.1'])
+    texts = capsys.readouterr().out.split('---------------\n')
+    assert len(texts) == 3 and all(text.startswith('abc') for text in texts[:2])
+    with pytest.raises(UserError, match='drift_prefix=4'):
+        sample.main([f'--out_dir={out_dir}', '--device=cpu', '--start=abcde'])
+
+
+def test_each_position_takes_the_nearest_token(out_dir):
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    calls = []
+    model.generator.register_forward_hook(lambda *_: calls.append(1))
+    ids = model.generate_at_once(3, 16, seed=5)
+    assert len(calls) == 1 and ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 257
+    noise, _, style = drifting.batch(torch.zeros(3, 16, dtype=torch.long), torch.Generator().manual_seed(5), n_embd=16)
+    with torch.no_grad():
+        x = model.generator_output(noise, style)
+    table = model.encoder.transformer.wte.weight[:257].detach().numpy()
+    for b in range(3):
+        for t in range(16):
+            cosines = table @ x[b, t].numpy() / np.linalg.norm(table, axis=1)
+            assert int(cosines.argmax()) == int(ids[b, t])
+    assert torch.equal(ids, model.generate_at_once(3, 16, seed=5))
+    assert not torch.equal(ids, model.generate_at_once(3, 16, seed=6))
+    given = model.generate_at_once(3, 16, 0.5, seed=5, prefix=torch.tensor([1, 2]))
+    assert given[:, :2].tolist() == [[1, 2]] * 3
