@@ -4,6 +4,7 @@ print three samples. Everything in it is a command that you can run yourself; ea
 
     make demo
     make demo MODEL=diffusion        masked refinement, played in the terminal
+    make demo MODEL=drifting         one-step generation, in the features of a gpt2 model that is trained first
     python demo.py --max_iters=50
 """
 import json
@@ -67,6 +68,12 @@ def main(argv):
         call('prepare.py', DATASET, f'--tokenizer={TOKENIZER}', f'--val_fraction={VAL_FRACTION}',
              f'--data_dir={config.data_dir}')
     length = [f'--max_iters={config.max_iters}'] if config.max_iters else []
+    if config.model_type == 'drifting':
+        encoder = f'{config.out_dir}-encoder'
+        call('train.py', 'config/train_python.py', f'--out_dir={encoder}', f'--data_dir={config.data_dir}', *length)
+        call('train.py', 'config/train_drifting_python.py', f'--encoder={encoder}', *place, *length)
+        call('sample.py', f'--out_dir={config.out_dir}')
+        return
     if config.model_type == 'diffusion':
         recipe = ['config/train_diffusion_python.py']
     else:

@@ -18,9 +18,11 @@ SMALLER = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_siz
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
-def test_config_runs_two_iterations(path, tmp_path, data_dir):
+def test_config_runs_two_iterations(path, tmp_path, data_dir, encoder):
+    settings = read_config_file(path)
     small = [f'--{key}={value}' for key, value in SMALLER.items()]
     place = [f'--data_dir={data_dir}', '--dataset=tiny_byte', f'--out_dir={tmp_path / "out"}']
+    place += [f'--{key}={encoder}' for key in ('encoder', 'init_from') if key in settings]
     assert main([path, *small, *place]) == 0
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     assert [entry['iter'] for entry in lines if 'loss' in entry] == [1, 2]

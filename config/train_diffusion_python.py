@@ -1,0 +1,23 @@
+# The demo of masked refinement: the Python standard library's source on a CPU
+#   make demo MODEL=diffusion     or     python prepare.py python --tokenizer=bpe:1024 --val_fraction=0.03
+#                                        python train.py config/train_diffusion_python.py
+# Neither its time nor its loss has been measured; the rate is not tuned.
+out_dir = 'out-diffusion'
+dataset = 'python_bpe1024'
+model_type = 'diffusion'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+bias = False
+batch_size = 32
+max_iters = 1500
+learning_rate = 3e-3
+lr_schedule = 'linear'
+warmup_iters = 100
+beta2 = 0.99
+ema = 0.99
+eval_interval = 500
+eval_iters = 20
+log_interval = 100
+compile = False  # would cost more time than it saves in a run this short

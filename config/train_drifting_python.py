@@ -1,0 +1,23 @@
+# One-step generation of the Python standard library's source on a CPU, in the features of the demo's gpt2 model
+#   make demo MODEL=drifting     or     python demo.py --out_dir=out-demo
+#                                       python train.py config/train_drifting_python.py
+# Neither its time nor its val_loss (divergence of 2-grams from real text) has been measured; the rate is not tuned.
+out_dir = 'out-drifting'
+dataset = 'python_bpe1024'
+model_type = 'drifting'
+encoder = 'out-demo'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 32
+batch_size = 64
+max_iters = 600
+learning_rate = 1e-3
+weight_decay = 0.05
+warmup_iters = 50
+drift_prefix = 8
+ema = 0.99
+eval_interval = 200
+eval_iters = 4
+log_interval = 50
+compile = False  # would cost more time than it saves in a run this short
