@@ -1,4 +1,4 @@
-# make demo    install, prepare an embedded corpus, train a few minutes on a CPU, print samples
+# make demo    install, prepare an embedded corpus, train a few minutes on a CPU, print samples; MODEL=diffusion, say
 # make test    install and run every test
 # make bench   speed and memory; AGAINST=path of a nanoGPT checkout measures it side by side
 PYTHON ?= python3
