@@ -29,6 +29,7 @@ from data import Windows, derive_seed
 from machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from prepare import load_meta
+from variants import VARIANTS
 
 SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': False}  # where the command line is silent
 
@@ -55,24 +56,8 @@ class BenchConfig:
     only: str = option('', 'measure the memory of this side alone; bench.py calls itself with it')
 
 
-VARIANTS = {  # for --part=types: what differs from gpt2
-    'gpt2': {},
-    'dd': {'model_type': 'dd'},
-    'dd drift': {'model_type': 'dd', 'apply_diffusion': False},
-    'dd diffusion': {'model_type': 'dd', 'apply_drift': False},
-    'heat': {'model_type': 'heat'},
-    'heat distance': {'model_type': 'heat', 'heat_form': 'distance'},
-    'heat adaptive': {'model_type': 'heat', 'heat_t': 'adaptive'},
-    'rotating lr': {'model_type': 'rotating'},
-    'rotating gp': {'model_type': 'rotating', 'rotating_head': 'gp'},
-    'rotating lr norm': {'model_type': 'rotating', 'use_norm': True},
-    'rotating gp norm': {'model_type': 'rotating', 'rotating_head': 'gp', 'use_norm': True},
-    'parallel mean': {'model_type': 'parallel'},
-    'parallel add': {'model_type': 'parallel', 'parallel_merge': 'add'},
-    'parallel concat': {'model_type': 'parallel', 'parallel_merge': 'concat'},
-    'duo': {'model_type': 'duo'},
-    'duo dense': {'model_type': 'duo'},  # the same function by `dense_attention`
-}
+BENCHED = {name: changes for name, changes in VARIANTS.items() if changes.get('model_type') != 'drifting'}
+BENCHED['duo dense'] = VARIANTS['duo']  # the same function by `dense_attention`
 
 
 class Side:
@@ -162,8 +147,8 @@ def dense_attention(attention, q, k, v, ahead):
 
 
 def type_side(name, config, model_config, device, dtype):
-    """One of VARIANTS, stepped on its own objective's batches."""
-    side = our_side(config, replace(model_config, **VARIANTS[name]), device, dtype)
+    """One of BENCHED, stepped on its own objective's batches."""
+    side = our_side(config, replace(model_config, **BENCHED[name]), device, dtype)
     model, optimizer = side.model, side.optimizer
     if name == 'duo dense':
         for block in model.transformer.h:
@@ -351,13 +336,13 @@ def side_names(config):
     if config.part == 'refine':
         return []
     if config.part == 'types':
-        return config.variants.split(',') if config.variants else list(VARIANTS)
+        return config.variants.split(',') if config.variants else list(BENCHED)
     return ['ours'] + ['nanoGPT'] * bool(config.against)
 
 
 def make_side(name, config, model_config, device, dtype):
     if config.part == 'types':
-        return type_side(one_of('variants', name, VARIANTS), config, model_config, device, dtype)
+        return type_side(one_of('variants', name, BENCHED), config, model_config, device, dtype)
     makers = {'ours': our_side, 'nanoGPT': nanogpt_side}
     return makers[one_of('only', name, makers)](config, model_config, device, dtype)
 
@@ -392,7 +377,7 @@ def main(argv):
     config, c = build(SIZES | values, BenchConfig, GPTConfig)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    torch._dynamo.config.recompile_limit = 8 * len(VARIANTS)  # all types compile the same code
+    torch._dynamo.config.recompile_limit = 8 * len(BENCHED)  # all types compile the same code
     names = [config.only] if config.only else side_names(config)
     sides = [make_side(name, config, c, device, dtype) for name in names]
     if config.only:

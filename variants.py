@@ -1,0 +1,26 @@
+"""
+The named variants of the model types: what differs from `gpt2`, as settings of train.py. bench.py measures what they cost,
+compare.py what they are good for.
+"""
+VARIANTS = {
+    'gpt2': {},
+    'dd': {'model_type': 'dd'},
+    'dd drift': {'model_type': 'dd', 'apply_diffusion': False},
+    'dd diffusion': {'model_type': 'dd', 'apply_drift': False},
+    'heat': {'model_type': 'heat'},
+    'heat distance': {'model_type': 'heat', 'heat_form': 'distance'},
+    'heat adaptive': {'model_type': 'heat', 'heat_t': 'adaptive'},
+    'rotating lr': {'model_type': 'rotating'},
+    'rotating gp': {'model_type': 'rotating', 'rotating_head': 'gp'},
+    'rotating lr norm': {'model_type': 'rotating', 'use_norm': True},
+    'rotating gp norm': {'model_type': 'rotating', 'rotating_head': 'gp', 'use_norm': True},
+    'parallel mean': {'model_type': 'parallel'},
+    'parallel add': {'model_type': 'parallel', 'parallel_merge': 'add'},
+    'parallel concat': {'model_type': 'parallel', 'parallel_merge': 'concat'},
+    'duo': {'model_type': 'duo'},
+    'diffusion': {'model_type': 'diffusion'},
+    'diffusion nelbo': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo'},
+    'drifting': {'model_type': 'drifting'},
+    'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
+}
+EACH_TYPE = ('gpt2', 'dd', 'heat', 'rotating lr', 'parallel mean', 'duo', 'diffusion', 'drifting')  # one for each type
