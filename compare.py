@@ -257,8 +257,8 @@ def pictures(variants, rows):
     found.append(picture('Reliability of the first seed', 'confidence', 'accuracy',
                          lambda axes: draw_reliability(axes, variants)))
     if any(row['classifier'] for row in rows):
-        found.append(picture('Speed and quality of sampling', 'tokens per second', 'accuracy of the classifier, 0.5 is perfect',
-                             lambda axes: draw_scatter(axes, rows)))
+        found.append(picture('Speed and quality of sampling', 'tokens per second',
+                             'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))
     return found
 
 

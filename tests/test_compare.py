@@ -31,7 +31,8 @@ def go(tmp_path_factory):
     folder = tmp_path_factory.mktemp('compare')
     (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
     (folder / 'recipe.py').write_text(RECIPE)
-    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1', f'--data_dir={folder}'])
+    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
+                  f'--data_dir={folder}'])
 
     def start(*args, name='report'):
         compare.main([f'--recipe={folder}/recipe.py', '--dataset=text_bpe280', f'--data_dir={folder}', '--device=cpu',
