@@ -20,6 +20,8 @@ from tokenizer import tokenizer_from_spec
 HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
             'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
+EXPORTED, EXPORTED_KEYS = 'nanodrift', ('model_args', 'tokenizer', 'run_id', 'parents')  # of config.json, by export.py
+TABLE = 'transformer.wte.weight'  # and the head's
 
 
 def save(out_dir, state, names):
@@ -120,25 +122,41 @@ def model_config(model_args):
     return GPTConfig(**model_args)
 
 
+def open_run(name, which='best'):
+    """The checkpoint of a run's folder, or what 'hf:NAME_OR_FOLDER' holds in the same form: GPT-2 as Hugging Face keeps it,
+    or any type as export.py wrote it. There `tokenizer` may be None: unknown; `foreign`: its names are to be checked."""
+    if not name.startswith('hf:'):
+        return load(find(name, which))
+    folder = name.removeprefix('hf:')
+    config = _hf_config(folder)
+    if config.get('model_type') == EXPORTED:
+        weights = _hf_tensors(folder)
+        weights |= {'lm_head.weight': weights[TABLE]} if TABLE in weights else {}
+        return {key: config[key] for key in EXPORTED_KEYS} | {'model': weights, 'config': {}, 'iter_num': 0}
+    model_args, weights = load_hf(folder)
+    gpt2 = tokenizer_from_spec('gpt2')
+    meta = gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None
+    return {'model_args': model_args, 'model': weights, 'tokenizer': meta, 'run_id': name, 'parents': [], 'config': {},
+            'iter_num': 0, 'foreign': True}
+
+
 def load_model(checkpoint, device='cpu'):
     """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any."""
     model = GPT(model_config(checkpoint['model_args']))
-    model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
+    if checkpoint.get('foreign'):
+        start_from(model, checkpoint['model'])
+    else:
+        model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
     return model.to(device).eval()
 
 
 def load_encoder(name):
     """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says whose it is:
     run_id, parents, tokenizer. Raises UserError if it is of another type."""
-    if name.startswith('hf:'):
-        model_args, weights = load_hf(name.removeprefix('hf:'))
-        model = GPT(GPTConfig(**model_args)).eval()
-        start_from(model, weights)
-        model.source = {'run_id': name, 'parents': [], 'tokenizer': tokenizer_from_spec('gpt2').to_meta()}
-        return model
-    state = load(find(name))
-    if state['model_args'].get('model_type') != 'gpt2':
-        raise UserError(f"encoder={name} is a {state['model_args'].get('model_type')} model, it must be gpt2")
+    state = open_run(name)
+    kind = model_config(state['model_args']).model_type
+    if kind != 'gpt2':
+        raise UserError(f'encoder={name} is a {kind} model, it must be gpt2')
     model = load_model(state)
     model.source = {key: state[key] for key in ('run_id', 'parents', 'tokenizer')}
     return model
@@ -161,7 +179,7 @@ def start_from(model, weights, rows=None):
     known here or of another shape."""
     own, weights, fresh = model.state_dict(), dict(weights), []
     rows = model.config.vocab_size if rows is None else rows
-    table, positions = 'transformer.wte.weight', 'transformer.wpe.weight'
+    table, positions = TABLE, 'transformer.wpe.weight'
     if table in weights and weights[table].shape[1:] == own[table].shape[1:]:
         known = model.config.vocab_size + model.config.textless_ids
         both = min(len(weights[table]), len(own[table]))
@@ -235,15 +253,19 @@ def _hf_tensors(name):
     raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
 
 
-def load_hf(name):
-    """GPT-2 in Hugging Face's format, from a folder or the Hub -> (model arguments, state dict in our names).
-
-    Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
+def _hf_config(name):
     path = _hf_file(name, 'config.json')
     if not path:
         raise UserError(f'hf:{name} holds no config.json')
     with open(path, encoding='utf-8') as f:
-        config = json.load(f)
+        return json.load(f)
+
+
+def load_hf(name):
+    """GPT-2 in Hugging Face's format, from a folder or the Hub -> (model arguments, state dict in our names).
+
+    Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
+    config = _hf_config(name)
     if config.get('model_type') != 'gpt2':
         raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
     changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]

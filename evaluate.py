@@ -135,6 +135,8 @@ def diffusion_summary(model, sums):
 def data_of(config, entry):
     """The folder of the data set that an Entry is evaluated on, and its meta."""
     settings = entry.state['config']
+    if not config.data and not settings:
+        raise UserError(f'{entry.name} does not say what it was trained on: --data=FOLDER of a prepared data set')
     folder = config.data or os.path.join(settings['data_dir'], settings['dataset'])
     meta = load_meta(folder)
     if meta['tokenizer']['identity'] != entry.identity:
@@ -276,7 +278,9 @@ def show(title, rows, columns, console, hide=()):
 
 
 def load(config, out_dir, device):
-    state = checkpoint.load(checkpoint.find(out_dir, config.ckpt))
+    state = checkpoint.open_run(out_dir, config.ckpt)
+    if state['tokenizer'] is None:
+        raise UserError(f'{out_dir}: its tokenizer is unknown here')
     return Entry(out_dir, state, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
 
 

@@ -30,7 +30,7 @@ OPEN = re.compile(r'\[MASK:(\d+)\]|_{3,}')
 @dataclass
 class GenerateConfig:
     """What to generate, from what, and how it is shown; RefineConfig says how it is refined."""
-    out_dir: str = option('out-diffusion', 'folder of the run to sample from')
+    out_dir: str = option('out-diffusion', "folder of the run to sample from, or 'hf:NAME_OR_FOLDER' written by export.py")
     ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
     start: str = option('', 'the prompt, or FILE:path to read it from')
     max_new_tokens: int = option(100, 'tokens to fill in after the prompt')
@@ -146,7 +146,7 @@ def main(argv):
     config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
-    state = checkpoint.load(checkpoint.find(config.out_dir, config.ckpt))
+    state = checkpoint.open_run(config.out_dir, config.ckpt)
     model, tokenizer = checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer'])
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     console = Console()

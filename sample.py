@@ -18,8 +18,7 @@ import checkpoint
 from configurator import UserError, build, option, read_values, run
 from data import derive_seed
 from machine import DTYPES, autocast, pick_device, pick_dtype
-from model import GPT, GPTConfig
-from tokenizer import tokenizer_from_meta, tokenizer_from_spec
+from tokenizer import tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 64
 ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for drifting
@@ -52,22 +51,18 @@ class SampleConfig:
 
 def load(config, device):
     """-> the model in evaluation mode on the device, its tokenizer."""
-    if config.init_from.startswith('hf:'):
-        model_args, weights = checkpoint.load_hf(config.init_from.removeprefix('hf:'))
-        model, tokenizer = GPT(GPTConfig(**model_args)).eval(), tokenizer_from_spec('gpt2')
-        if model_args['vocab_size'] != tokenizer.vocab_size:
-            raise UserError(f"{config.init_from} has a vocabulary of {model_args['vocab_size']}, GPT-2's tokenizer one of "
-                            f"{tokenizer.vocab_size}: only models that kept it can be sampled")
-        checkpoint.start_from(model, weights)
-    elif config.init_from == 'resume':
-        state = checkpoint.load(checkpoint.find(config.out_dir, config.ckpt))
-        model, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
-        if model.config.model_type == 'diffusion':
-            raise UserError(f'{config.out_dir} is a diffusion model, which is not sampled from left to right: use '
-                            f'generate_diffusion.py --out_dir={config.out_dir}')
-    else:
+    if config.init_from != 'resume' and not config.init_from.startswith('hf:'):
         raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
-    return model.to(device), tokenizer
+    name = config.out_dir if config.init_from == 'resume' else config.init_from
+    state = checkpoint.open_run(name, config.ckpt)
+    if state['tokenizer'] is None:
+        raise UserError(f"{name} has a vocabulary of {state['model_args']['vocab_size']}, GPT-2's tokenizer another: only "
+                        'models that kept it can be sampled')
+    model = checkpoint.load_model(state, device)
+    if model.config.model_type == 'diffusion':
+        raise UserError(f'{name} is a diffusion model, which is not sampled from left to right: use '
+                        f'generate_diffusion.py --out_dir={name}')
+    return model, tokenizer_from_meta(state['tokenizer'])
 
 
 def read_prompt(start):

@@ -232,19 +232,15 @@ class Trainer:
         """-> model arguments and weights of --init_from=hf:NAME or --init_from=DIR, for the same vocabulary as the data,
         and how many ids those weights know."""
         c = self.config
-        if c.init_from.startswith('hf:'):
-            model_args, weights = checkpoint.load_hf(c.init_from.removeprefix('hf:'))
-            rows = model_args['vocab_size']
-            self.parents = [c.init_from]
-        elif os.path.isdir(c.init_from):
-            source = checkpoint.load(checkpoint.find(c.init_from))
-            refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
-            model_args, weights = source['model_args'], source.get('ema') or source['model']
-            rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
-            self.parents = [source['run_id'], *source['parents']]
-        else:
+        if not c.init_from.startswith('hf:') and not os.path.isdir(c.init_from):
             raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
                             "'hf:NAME_OR_FOLDER' (hf:gpt2, say)")
+        source = checkpoint.open_run(c.init_from)
+        if source['tokenizer']:
+            refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
+        model_args, weights = source['model_args'], source.get('ema') or source['model']
+        rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
+        self.parents = [source['run_id'], *source['parents']]
         known = self.meta['vocab_size']
         if rows not in (known, known + model_config.textless_ids):
             raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '

@@ -1,0 +1,116 @@
+"""export.py: transformers computes and writes what this repository does; every type comes back as it was."""
+import pytest
+import torch
+from conftest import TINY, pseudo_text
+
+import checkpoint
+import export
+import generate_diffusion
+import prepare
+import sample
+import train
+from configurator import UserError
+from tokenizer import tokenizer_from_meta
+
+transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
+
+TEXT = "Héllo  world, it's 3 o'clock;\n\n  def f(x):\treturn x\n"
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with data sets of three tokenizers, which know the characters of TEXT."""
+    folder = tmp_path_factory.mktemp('export')
+    (folder / 'text.txt').write_text(pseudo_text(60) + TEXT, encoding='utf-8')
+    for spec in ('byte', 'char', 'bpe:300'):
+        prepare.main([f'--input={folder}/text.txt', '--name=text', f'--tokenizer={spec}', '--num_proc=1',
+                      f'--data_dir={folder}'])
+    return folder
+
+
+@pytest.fixture
+def trained(place, tmp_path):
+    """trained(**settings) -> folder of a run of a few iterations."""
+    def make(name='run', dataset='text_bpe300', **settings):
+        values = TINY | dict(dataset=dataset, data_dir=place, out_dir=tmp_path / name) | settings
+        assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
+        return str(tmp_path / name)
+    return make
+
+
+@pytest.mark.parametrize('dataset', ['text_byte', 'text_char', 'text_bpe300'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_transformers_has_the_same_logits_and_the_same_ids(trained, tmp_path, dataset, bias):
+    out_dir = trained(dataset=dataset, bias=bias, ema=0.5)
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    state = checkpoint.load(checkpoint.find(out_dir))
+    mine, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    ids = tokenizer.encode(TEXT)
+    assert their_tokenizer.encode(TEXT) == ids and their_tokenizer.decode(ids) == TEXT
+    assert their_tokenizer.eos_token_id == tokenizer.eot
+    X = torch.tensor([ids[:16]])
+    with torch.no_grad():
+        assert torch.allclose(mine(X, X)[0], theirs(X).logits, atol=1e-5)
+    greedy = theirs.generate(X[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eot, eos_token_id=None)
+    assert greedy[0, 4:].tolist() == [int(column) for column in mine.generate(X[:, :4], 8, temperature=0)]
+
+
+def test_gpt2s_own_tokenizer_goes_along(tmp_path):
+    from tokenizer import tokenizer_from_spec
+    ours = tokenizer_from_spec('gpt2')
+    theirs = export.hf_tokenizer(ours)
+    assert theirs.encode(TEXT).ids == ours.encode(TEXT) and theirs.get_vocab_size() == 50257
+
+
+TYPES = {'dd': {}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {}, 'parallel': {'parallel_merge': 'concat'}, 'duo': {},
+         'diffusion': {}}
+
+
+@pytest.mark.parametrize('model_type', TYPES)
+def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
+    out_dir = trained(model_type=model_type, **TYPES[model_type])
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    state = checkpoint.open_run(f'hf:{tmp_path}/hf')
+    mine = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    again = checkpoint.load_model(state)
+    assert list(again.state_dict()) == list(mine.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values()))
+    assert not [name for name in (tmp_path / 'hf').iterdir() if name.suffix in ('.pt', '.bin', '.pkl')]
+    capsys.readouterr()
+    if model_type == 'diffusion':
+        words = ['--max_new_tokens=8', '--device=cpu']
+        generate_diffusion.main([f'--out_dir=hf:{tmp_path}/hf', *words])
+        theirs = capsys.readouterr().out
+        generate_diffusion.main([f'--out_dir={out_dir}', *words])
+    else:
+        words = ['--num_samples=1', '--max_new_tokens=8', '--device=cpu']
+        sample.main([f'--init_from=hf:{tmp_path}/hf', *words])
+        theirs = capsys.readouterr().out
+        sample.main([f'--out_dir={out_dir}', *words])
+    assert capsys.readouterr().out == theirs
+    child = trained('child', model_type=model_type, init_from=f'hf:{tmp_path}/hf', **TYPES[model_type])
+    assert checkpoint.load(checkpoint.find(child))['parents'] == [state['run_id']]
+
+
+def test_drifting_comes_back_with_the_name_of_its_encoder(trained, tmp_path):
+    encoder = trained('encoder')
+    out_dir = trained('drifting', model_type='drifting', encoder=encoder)
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    again = checkpoint.load_model(checkpoint.open_run(f'hf:{tmp_path}/hf'))
+    mine = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    assert torch.equal(again.generate_at_once(2, 16, seed=1), mine.generate_at_once(2, 16, seed=1))
+
+
+def test_mistakes_are_one_line(trained, tmp_path, place):
+    out_dir = trained()
+    with pytest.raises(UserError, match='--to'):
+        export.main([f'--out_dir={out_dir}'])
+    with pytest.raises(UserError, match='exists'):
+        export.main([f'--out_dir={out_dir}', f'--to={tmp_path}'])
+    with pytest.raises(UserError, match='nowhere'):
+        export.main(['--out_dir=nowhere', f'--to={tmp_path}/x'])
+    with pytest.raises(UserError, match='tokenizer'):
+        export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+        train.main([f'--init_from=hf:{tmp_path}/hf', '--dataset=text_char', f'--out_dir={tmp_path}/y', f'--data_dir={place}'])
