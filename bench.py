@@ -358,7 +358,7 @@ def measure(config, c, sides, device, dtype, peak):
         result['peak_MiB'] = report_memory(names, 'types')
     if config.part == 'refine':
         for n in map(int, streams):
-            times = bench_refine(config, c, device, dtype, n)
+            times = bench_refine(config, replace(c, model_type='gpt2'), device, dtype, n)
             result[f'refine_{n}'] = report(f'{c.block_size} tokens for each of {n} stream(s)', times, n * c.block_size)
     if config.part in ('speed', 'train'):
         times = bench_train(config, c, sides, device)

@@ -120,6 +120,9 @@ def main(argv):
     device = pick_device(c.device)
     state = checkpoint.load(checkpoint.find(c.out_dir, c.ckpt))
     model = checkpoint.load_model(state, device)
+    if not model.causal:
+        raise UserError(f'{c.out_dir} is a {model.config.model_type} model that sees what it is asked for: only causal '
+                        'types are scored here; see evaluate.py')
     folder = c.data or os.path.join(state['config']['data_dir'], state['config']['dataset'])
     meta, T = load_meta(folder), model.config.block_size
     if meta['tokenizer'] != state['tokenizer']:

@@ -3,6 +3,7 @@ Checkpoints: tensors and plain Python values only, written so that a reader neve
 
 Also the way in for Hugging Face's GPT-2 weights.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from tokenizer import tokenizer_from_spec
 HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
             'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
-EXPORTED, EXPORTED_KEYS = 'nanodrift', ('model_args', 'tokenizer', 'run_id', 'parents')  # of config.json, by export.py
+EXPORTED, EXPORTED_KEYS = 'nanodrift', ('model_args', 'tokenizer', 'run_id', 'parents', 'encoder')  # of config.json
 TABLE = 'transformer.wte.weight'  # and the head's
 
 
@@ -136,8 +137,8 @@ def open_run(name, which='best'):
     model_args, weights = load_hf(folder)
     gpt2 = tokenizer_from_spec('gpt2')
     meta = gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None
-    return {'model_args': model_args, 'model': weights, 'tokenizer': meta, 'run_id': name, 'parents': [], 'config': {},
-            'iter_num': 0, 'foreign': True}
+    return {'model_args': model_args, 'model': weights, 'tokenizer': meta, 'run_id': f'hf:{fingerprint(weights)}',
+            'parents': [], 'config': {}, 'iter_num': 0, 'foreign': True}  # by any name it is the same
 
 
 def load_model(checkpoint, device='cpu'):
@@ -147,19 +148,40 @@ def load_model(checkpoint, device='cpu'):
         start_from(model, checkpoint['model'])
     else:
         model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
+    refuse_encoder(model, checkpoint)
     return model.to(device).eval()
 
 
 def load_encoder(name):
     """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says whose it is:
     run_id, parents, tokenizer. Raises UserError if it is of another type."""
-    state = open_run(name)
+    try:
+        state = open_run(name)
+    except UserError as e:
+        raise UserError(f'encoder={name}: {e}') from None
     kind = model_config(state['model_args']).model_type
     if kind != 'gpt2':
         raise UserError(f'encoder={name} is a {kind} model, it must be gpt2')
     model = load_model(state)
     model.source = {key: state[key] for key in ('run_id', 'parents', 'tokenizer')}
+    model.source['fingerprint'] = fingerprint(model.state_dict())
     return model
+
+
+def fingerprint(weights):
+    """A hash of a state dict's tensors."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].detach().float().contiguous().cpu().numpy())
+    return found.hexdigest()[:32]
+
+
+def refuse_encoder(model, state):
+    """Raises UserError where the encoder that a drifting model finds is not the one that it was trained with."""
+    if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
+        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: its weights have changed '
+                        'since; put the former ones there')
 
 
 def fitted(config, model_args):
@@ -180,7 +202,7 @@ def start_from(model, weights, rows=None):
     own, weights, fresh = model.state_dict(), dict(weights), []
     rows = model.config.vocab_size if rows is None else rows
     table, positions = TABLE, 'transformer.wpe.weight'
-    if table in weights and weights[table].shape[1:] == own[table].shape[1:]:
+    if table in weights and table in own and weights[table].shape[1:] == own[table].shape[1:]:
         known = model.config.vocab_size + model.config.textless_ids
         both = min(len(weights[table]), len(own[table]))
         new = torch.cat((weights[table][:both].to(own[table]), own[table][both:]))

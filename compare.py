@@ -161,6 +161,7 @@ def evaluate_run(config, folder):
     found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, Ranks(device=device), 'float32'), 'quality': {}}
     if config.samples:
         judge = evaluate.load(c, os.path.join(config.out_dir, 'runs', JUDGE), device)
+        evaluate.refuse_judge(c, judge, [entry])
         rows = evaluate.sample_quality(c, how, [entry], judge)
         found['quality'] = rows.pop(entry.name)
         found['others'] = rows

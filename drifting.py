@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import ngrams
+from machine import exact
 
 TEMPERATURES = (0.02, 0.05, 0.2)
 AFFINITY_FLOOR = 1e-3
@@ -62,20 +63,22 @@ def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
     For each temperature the field is divided by its own root mean square, so that a loss against these targets is no
     measure of progress; the raw one is.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with exact(x.device):
         x, positive = x.float(), positive.float()
-        mean = scale_of(x, positive)
+        middle = torch.cat((x, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
+        near, positive = x - middle, positive - middle
+        mean = scale_of(near, positive)
         scale = (mean / math.sqrt(x.size(-1))).clamp(min=LEAST_SCALE)
         unit = mean.clamp(min=LEAST_SCALE)
-        x, positive = x / scale, positive / scale
+        near, positive = near / scale, positive / scale
         total, rms = torch.zeros_like(x), {}
         for temperature in temperatures:
             factor = unit / scale  # temperatures and `itself` are stated in mean distances
-            raw = raw_field(x, positive, x, temperature * factor, floor, ITSELF * factor)
+            raw = raw_field(near, positive, near, temperature * factor, floor, ITSELF * factor)
             square = raw.square().mean()
             rms[temperature] = square.sqrt()
             total += raw / square.clamp(min=1e-8).sqrt()
-        return x + total, scale, rms
+        return x / scale + total, scale, rms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,21 +140,20 @@ def batch(tokens, rng, part=(0, 1), *, n_embd, extra=0):
     return noise, tokens, torch.randint(STYLES, (B, STYLE_INDICES), generator=rng)
 
 
-def numbers(own, rng, *, extra):
-    """Example numbers: a micro-batch's own (a range), and `extra` of the QUEUE before them (the first has only its own): the
-    queue is a place in the seeded order of examples, so that there is nothing to save."""
-    start = own[0]
+def numbers(own, start, rng, *, extra):
+    """Example numbers: a micro-batch's own (a range), and `extra` of the QUEUE before its iteration, which begins at `start`
+    (the first has only its own): a place in the seeded order of examples, so that there is nothing to save."""
     low, high = (max(0, start - QUEUE), start) if start else (0, own[-1] + 1)
     return [*own, *(low + torch.randint(high - low, (extra,), generator=rng)).tolist()]
 
 
 @torch.no_grad()
-def couple(model, batches, ranks):
-    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together."""
+def couple(model, batches, ranks, rng):
+    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
+    `rng` is the same on all ranks."""
     T, c = batches[0][0].size(1), model.config
-    places = torch.randperm(T)[:PLACES].sort().values
-    length = int(torch.randint(c.drift_prefix + 1, ()))
-    places, length = ranks.gather((places, length))[0]
+    places = torch.randperm(T, generator=rng)[:PLACES].sort().values
+    length = int(torch.randint(c.drift_prefix + 1, (), generator=rng))
     mine, real = [], []
     for noise, ids, style in batches:
         prefix = ids[:len(noise), :length]
@@ -169,35 +171,38 @@ def couple(model, batches, ranks):
 
 
 def metrics(model, noise, ids, style):
-    """Samples, to be compared with real text as a whole; raw field, diversity and distance to the vocabulary, batch by
-    batch."""
-    x = model.generator_output(noise, style)
-    places = torch.arange(noise.size(1), device=noise.device)[:PLACES]
-    mine = features(model.encoder, x, places)
-    real = features(model.encoder, model.encoder.transformer.wte(ids), places)
-    nearest = model.similarities(x).max(-1)
-    sums = {'count': torch.tensor(1.0), 'vocabulary_distance': 1 - nearest.values.mean().cpu().double()}
-    whole = [name for name in mine if name.endswith(f'mean_{noise.size(1)}')]
-    spread = [torch.stack([pairwise(found[name]) for name in whole]).mean() for found in (mine, real)]
-    sums['diversity'] = (spread[0] / spread[1].clamp(min=1e-8)).cpu().double()
-    for name in mine:
-        _, _, rms = drift(mine[name], real[name])
-        for temperature, value in rms.items():
-            key = f'field_{temperature}'
-            sums[key] = sums.get(key, 0.0) + value.cpu().double() / len(mine)
-    return sums | {'samples_all': nearest.indices.cpu(), 'real_all': ids.cpu()}
+    """Samples and real text, their ids and, for each depth, their states averaged over positions: to be laid together."""
+    x, places = model.generator_output(noise, style), torch.arange(1, device=noise.device)
+    sums = {'count': torch.tensor(float(len(noise)))}
+    for kind, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
+        for name, values in features(model.encoder, embeddings, places).items():
+            if name.endswith(f'mean_{noise.size(1)}'):
+                sums[f'{kind}_{name}_all'] = values[0].float().cpu()
+    cosine, nearest = model.nearest(x)
+    sums['vocabulary_distance'] = (1 - cosine.mean(1)).cpu().double().sum()
+    return sums | {'samples_all': nearest.cpu(), 'real_all': ids.cpu()}
 
 
 def pairwise(x):
-    """Mean distance between different samples of a feature set (S, N, D)."""
-    n = x.size(1)
-    return distances(x, x).sum((-1, -2)).mean() / max(1, n * (n - 1))
+    """Mean distance between different samples (N, D)."""
+    with exact(x.device):
+        return distances(x, x).fill_diagonal_(0).sum() / max(1, len(x) * (len(x) - 1))
 
 
 def summary(sums):
-    """Means; divergence of 2-grams from real text, which is the val_metric; distinct 2-grams; whether samples collapsed."""
-    samples, real, n = sums['samples_all'].numpy(), sums['real_all'].numpy(), float(sums['count'])
-    found = {name: float(total) / n for name, total in sums.items() if name != 'count' and not name.endswith('_all')}
-    found |= {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}
+    """Divergence of n-grams from real text, of which that of 2-grams is the val_metric; distinct 2-grams, and whether
+    samples collapsed; in the features, mean over depths: diversity in units of real text's, root mean square of the raw
+    field."""
+    samples, real = sums['samples_all'].numpy(), sums['real_all'].numpy()
+    found = {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}
     found |= {'distinct_2': ngrams.distinct(samples, 2), 'distinct_2_real': ngrams.distinct(real, 2)}
-    return found | {'collapsed': float(found['distinct_2'] < found['distinct_2_real'] / 2)}
+    found['collapsed'] = float(found['distinct_2'] < found['distinct_2_real'] / 2)
+    found['vocabulary_distance'] = float(sums['vocabulary_distance']) / float(sums['count'])
+    names = [name for name in sums if name.startswith('samples_') and 'mean' in name]
+    pairs = [(sums[name], sums[name.replace('samples', 'real')]) for name in names]
+    found['diversity'] = sum(float(pairwise(x) / pairwise(y).clamp(min=1e-8)) for x, y in pairs) / len(pairs)
+    for x, y in pairs:
+        for temperature, rms in drift(x[None], y[None])[2].items():
+            name = f'field_{temperature}'
+            found[name] = found.get(name, 0.0) + float(rms) / len(pairs)
+    return found

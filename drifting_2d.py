@@ -3,12 +3,14 @@ Drifting where it can be seen: one-step generators of points in the plane, and a
 
     python drifting_2d.py --figure=drifting_2d.png
 
-The same field as for text (drifting.py), with the points themselves for features. Each generator is measured by the sliced
+The same field as for text (drifting.py), with the points themselves for features and no floor under the affinities, which
+would drown in it where batches are as large as here. Each generator is measured by the sliced
 Wasserstein distance of its points to points of the data, in units of that of a second sample of the data.
 """
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import matplotlib
@@ -18,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 
-from configurator import configure, option, run
+from configurator import UserError, configure, one_of, option, run
 from data import derive_seed
 from drifting import drift
 
@@ -36,6 +38,16 @@ class PlaneConfig:
     learning_rate: float = option(2e-3, 'highest learning rate; cosine to zero')
     ema: float = option(0.99, 'decay of the moving average that is measured')
     figure: str = option('drifting_2d.png', 'where the figure goes')
+
+    def __post_init__(self):
+        for name in self.data.split(','):
+            one_of('data', name, DATA)
+        if not all(seed.isdigit() for seed in self.seeds.split(',')):
+            raise UserError(f'seeds={self.seeds!r} must be whole numbers, separated by commas')
+        if self.steps < 10 or self.batch_size < 2 or not 0 <= self.ema < 1:
+            raise UserError('steps must be at least 10, batch_size at least 2, ema at least 0 and below 1')
+        if not os.path.isdir(os.path.dirname(self.figure) or '.'):
+            raise UserError(f'figure={self.figure}: there is no such folder')
 
 
 def moons(n, rng):

@@ -12,7 +12,6 @@ text, for every type alike, beside real text and n-gram models (quality.py). The
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +32,12 @@ from machine import DTYPES, pick_dtype, setup_ranks
 from objectives import LEVELS, NEXT_TOKEN, add, level_of, means, over_windows, prediction_sums, sum_in_chunks
 from prepare import load_meta
 from refinement import RefineConfig
+from runlog import finite
 from tokenizer import tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 100
+WIDTH = 150  # of the tables, at least: narrower ones cannot be read
+NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
 
 
 @dataclass
@@ -47,7 +49,7 @@ class EvalConfig:
     windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all')
     stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all')
     draws: int = option(1, 'diffusion: how often each window is masked anew')
-    batch_size: int = option(8, 'windows at once')
+    batch_size: int = option(0, "windows at once, on which the masks of diffusion depend; 0 takes the run's own")
     judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
     num_samples: int = option(1000, 'samples of each model')
     length: int = option(64, 'tokens of each sample')
@@ -57,7 +59,7 @@ class EvalConfig:
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
 
     def __post_init__(self):
-        at_least = dict(windows=0, stride=0, draws=1, batch_size=1, num_samples=2 * quality.FOLDS, length=4)
+        at_least = dict(windows=0, stride=0, draws=1, batch_size=0, num_samples=2 * quality.FOLDS, length=4)
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
@@ -66,6 +68,7 @@ class EvalConfig:
 @dataclass
 class DrawConfig(RefineConfig):
     """RefineConfig for samples that are measured: as learned, unless said otherwise."""
+    max_steps: int = option(64, 'steps, over all blocks together; threshold takes as many as it needs')
     temperature: float = option(1.0, '1 is as learned, lower is safer, 0 always takes the likeliest')
     top_k: int = option(0, 'draw from the k likeliest tokens; 0 from all')
 
@@ -153,21 +156,24 @@ def likelihood(config, entry, ranks, dtype):
         if not model.causal or config.stride > T:
             raise UserError(f'stride={config.stride} is for causal types, and at most block_size={T}: not for {entry.name}')
         objective = NEXT_TOKEN
+    batch_size = config.batch_size or entry.state['config'].get('batch_size', 8)
     path = os.path.join(folder, 'val.bin')
     windows = Windows(path, meta['dtype'], objective.window(T), config.stride or T)
     offsets = windows.spread(config.windows or len(windows))
     if objective.val_metric not in ('loss', 'nelbo'):
         return {}
     if objective.val_metric == 'nelbo':
-        sums = [over_windows(windows, offsets, config.batch_size, objective.eval_batch, partial(diffusion_scores, model),
+        sums = [over_windows(windows, offsets, batch_size, objective.eval_batch, partial(diffusion_scores, model),
                              ranks, dtype, seeds=(draw,) * bool(draw)) for draw in range(config.draws)]
-        found = diffusion_summary(model, add(sums))
+        sums = add(sums)
+        found = diffusion_summary(model, sums)
     else:
-        found = causal_summary(over_windows(windows, offsets, config.batch_size, objective.make_batch,
-                                            partial(causal_scores, model), ranks, dtype, counted=config.stride))
+        sums = over_windows(windows, offsets, batch_size, objective.make_batch, partial(causal_scores, model), ranks, dtype,
+                            counted=config.stride)
+        found = causal_summary(sums)
     val = meta['splits']['val']
     loss = found['loss'] if 'loss' in found else found['bound']
-    return found | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'], 'tokens_evaluated': len(offsets) * T}
+    return found | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'], 'predictions': float(sums['count'])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def draw_samples(entry, config, how, first_tokens):
             parts.append(step.ids.cpu())
             passes += float(step.passes.sum())
         elif model.config.model_type == 'drifting':
-            parts.append(model.generate_at_once(len(first), config.length, seed=seed).cpu())
+            parts.append(model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu())
             passes += len(first)
         else:
             columns = model.generate(first, config.length - 1, how.temperature, how.top_k or None, how.top_p, seed)
@@ -208,24 +214,31 @@ def held_out_halves(folder, meta, config):
     return np.split(tokens[:n * config.length].reshape(n, config.length)[order], 2)
 
 
-def refuse_kin(judge, entries):
-    """Raises UserError where the judge is one of the models, its parent or its child."""
+def refuse_judge(config, judge, entries):
+    """Raises UserError where the judge is one of the models, its parent or its child, or is not causal; and where samples of
+    this length or from this text cannot be compared."""
+    if not judge.model.causal:
+        raise UserError(f'{judge.name} cannot judge: its type is not causal')
     for entry in entries:
+        if entry.model.config.block_size < config.length and not entry.model.causal:
+            raise UserError(f'{entry.name} writes {entry.model.config.block_size} tokens at most: lower --length')
+        if data_of(config, entry)[1]['splits'] != data_of(config, entries[0])[1]['splits']:
+            raise UserError(f'{entry.name} and {entries[0].name} were trained on different text: name one with --data')
         if judge.relatives & entry.relatives:
             raise UserError(f'{judge.name} cannot judge {entry.name}: the one was trained from the other, or they are the '
                             'same run; train a judge of its own')
         if judge.identity != entry.identity:
             raise UserError(f'{judge.name} cannot judge {entry.name}: they have different tokenizers')
+    if judge.model.config.block_size < config.length:
+        raise UserError(f'{judge.name} reads {judge.model.config.block_size} tokens at most: lower --length')
+    held_out_halves(*data_of(config, entries[0]), config)
 
 
 def sample_quality(config, how, entries, judge):
     """{row: {name: number}}: each model, and the rows that keep everyone honest."""
-    refuse_kin(judge, entries)
-    if not judge.model.causal:
-        raise UserError(f'{judge.name} cannot judge: its type is not causal')
     folder, meta = data_of(config, entries[0])
     reference, rest = held_out_halves(folder, meta, config)
-    train = np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype']).astype(np.int64)
+    train = np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype'], count=NGRAM_TOKENS).astype(np.int64)
     rng, n, T = np.random.default_rng(derive_seed(config.seed, 7)), config.num_samples, config.length
     rows = {'real text': rest} | {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
     rows['shuffled spans'] = ngrams.shuffled_spans(train, n, T, rng)
@@ -233,10 +246,8 @@ def sample_quality(config, how, entries, judge):
     for entry in entries:
         rows[entry.name], passes, seconds = draw_samples(entry, config, how, first_tokens)
         costs[entry.name] = {'nfe': passes, 'tokens_per_s': n * T / seconds}
-    found = {}
-    for name, samples in rows.items():
-        found[name] = quality.describe(samples, reference, judge.model, config.seed) | costs.get(name, {})
-    return found
+    judged = quality.Judged(judge.model, reference)
+    return {name: quality.describe(samples, judged, config.seed) | costs.get(name, {}) for name, samples in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,33 +292,53 @@ def load(config, out_dir, device):
     state = checkpoint.open_run(out_dir, config.ckpt)
     if state['tokenizer'] is None:
         raise UserError(f'{out_dir}: its tokenizer is unknown here')
-    return Entry(out_dir, state, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
+    facts = {key: state[key] for key in ('config', 'tokenizer', 'run_id', 'parents')}  # the rest is large
+    return Entry(out_dir, facts, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
 
 
 def evaluate(config, how, ranks):
     """{checkpoint: {name: number}} of likelihood, {row: {name: number}} of samples; printed by the first rank."""
     dtype = pick_dtype(config.dtype, ranks.device)
     entries = [load(config, out_dir, ranks.device) for out_dir in config.out_dir.split(',')]
+    judge = load(config, config.judge, ranks.device) if config.judge else None
+    if judge:
+        refuse_judge(config, judge, entries)
     found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
     samples = {}
-    if config.judge and ranks.first:
-        samples = sample_quality(config, how, entries, load(config, config.judge, ranks.device))
+    if judge and ranks.first:
+        samples = sample_quality(config, how, entries, judge)
+    ranks.gather(None)  # the others wait
     if ranks.first:
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        one_vocabulary = len({entry.identity for entry in entries}) == 1
-        named = {f'{entry.name} ({entry.model.config.model_type})': found[entry.name] for entry in entries}
-        show('validation text', named, LIKELIHOOD, console, hide=() if one_vocabulary else ('loss', 'perplexity'))
-        if not one_vocabulary:
-            console.print('different tokenizers: losses and perplexities are not comparable, bits per byte are')
-        for entry in entries:
-            if not found[entry.name]:
-                console.print(f'{entry.name} ({entry.model.config.model_type}) has no likelihood: its samples can be judged')
-            elif entry.model.config.model_type != 'diffusion' and not entry.model.causal:
-                console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
-        if samples:
-            title = f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}'
-            show(title, samples, QUALITY, console)
+        tell(config, entries, found, samples)
     return found, samples
+
+
+def tell(config, entries, found, samples):
+    """Prints the tables, and what may not be compared."""
+    console = Console(width=max(WIDTH, Console().width))
+    texts = {data_of(config, entry)[1]['splits']['val']['text_sha256'] for entry in entries}
+    hide = () if len({entry.identity for entry in entries}) == 1 else ('loss', 'perplexity')
+    if len(texts) > 1:
+        hide = tuple(LIKELIHOOD)
+    named = {f'{entry.name} ({entry.model.config.model_type})': found[entry.name] for entry in entries}
+    show('validation text', named, LIKELIHOOD, console, hide)
+    if len(texts) > 1:
+        console.print('different validation texts: nothing here can be compared; name one text with --data')
+    elif hide:
+        console.print('different tokenizers: losses and perplexities cannot be compared, bits per byte can')
+    for entry in entries:
+        kind = entry.model.config.model_type
+        if not found[entry.name]:
+            console.print(f'{entry.name} ({kind}) has no likelihood: its samples can be judged')
+        elif kind == 'diffusion':
+            console.print(f'{entry.name} ({kind}): accuracy, ECE, Brier and entropy are those of masked tokens')
+        elif not entry.model.causal:
+            console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
+    if samples:
+        show(f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}', samples, QUALITY, console)
+        for name, row in samples.items():
+            if row['distinct_2'] < samples['real text']['distinct_2'] / 2:
+                console.print(f'{name} has collapsed: fewer than half of the distinct 2-grams of real text')
 
 
 def main(argv):
@@ -316,7 +347,7 @@ def main(argv):
     try:
         found, samples = evaluate(config, how, ranks)
         if ranks.first:
-            print(json.dumps({'likelihood': found, 'samples': samples}))
+            print(json.dumps(finite({'likelihood': found, 'samples': samples})))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

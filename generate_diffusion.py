@@ -6,6 +6,8 @@ Text out of a masked diffusion checkpoint, by refinement: from nothing, after a 
     python generate_diffusion.py --template="Once upon a time [MASK:12] the end." --html=refinement.html
     python generate_diffusion.py --repair=story.txt       what the model doubts is written anew, shown as a coloured diff
 """
+import itertools
+import os
 import re
 import sys
 import time
@@ -19,11 +21,11 @@ import watch
 from configurator import UserError, configure, option, run
 from data import derive_seed
 from machine import DTYPES, autocast, pick_device, pick_dtype
-from refinement import RefineConfig, Step
+from refinement import RefineConfig, Step, refuse_undefined
 from sample import read_prompt
 from tokenizer import tokenizer_from_meta
 
-SAMPLES_AT_ONCE = 64
+SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
 OPEN = re.compile(r'\[MASK:(\d+)\]|_{3,}')
 
 
@@ -33,10 +35,12 @@ class GenerateConfig:
     out_dir: str = option('out-diffusion', "folder of the run to sample from, or 'hf:NAME_OR_FOLDER' written by export.py")
     ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
     start: str = option('', 'the prompt, or FILE:path to read it from')
-    max_new_tokens: int = option(100, 'tokens to fill in after the prompt')
+    max_new_tokens: int = option(0, 'tokens to fill in after the prompt; 0 takes 100, or as many as fit')
     template: str = option('', "text with gaps, or FILE:path: [MASK:12] is twelve tokens, ____ one for each underscore")
-    repair: str = option('', 'a text file: tokens that the model flags are rewritten, the others stay')
+    repair: str = option('', 'a text file: tokens flagged with more than flag_threshold are rewritten, the others stay')
+    to: str = option('', 'where --repair writes the repaired text; the differences are printed anyway')
     num_samples: int = option(1, 'how many samples')
+    ignore_eot: bool = option(False, 'print what follows end-of-text too')
     animate: bool = option(False, 'play the refinement of the first sample in the terminal')
     html: str = option('', 'write a page that plays the refinement of the first sample, all in one file')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine')
@@ -44,22 +48,32 @@ class GenerateConfig:
     dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 
     def __post_init__(self):
-        for name in ('max_new_tokens', 'num_samples'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+        for name, least in {'max_new_tokens': 0, 'num_samples': 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
         given = [name for name in ('start', 'template', 'repair') if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f'{" and ".join(given)} contradict each other: give one of them')
+        if self.repair and (self.animate or self.html or self.num_samples > 1):
+            raise UserError('animate, html and num_samples have no meaning for --repair')
+        if self.to and not self.repair:
+            raise UserError('to is where --repair writes: give a text to repair')
+        if self.html and not os.path.isdir(os.path.dirname(self.html) or '.'):
+            raise UserError(f'html={self.html}: there is no such folder')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the canvas to start from
 
-def parse_template(text, encode, mask):
-    """Token ids of text with gaps: what is outside the gaps is encoded as it stands, piece by piece."""
+def parse_template(text, encode, mask, most):
+    """Token ids of text with gaps: what is outside the gaps is encoded as it stands, piece by piece. Raises UserError where
+    a gap is longer than `most` or there is none."""
     ids, end = [], 0
     for gap in OPEN.finditer(text):
-        ids += encode(text[end:gap.start()]) + [mask] * (int(gap[1]) if gap[1] else len(gap[0]))
+        count = int(gap[1]) if gap[1] else len(gap[0])
+        if not 0 < count <= most:
+            raise UserError(f'{gap[0]} must be at least one token, and at most block_size={most}')
+        ids += encode(text[end:gap.start()]) + [mask] * count
         end = gap.end()
     if mask not in ids:
         raise UserError('the template has no gap: write [MASK:12] for twelve tokens, or ____ for four')
@@ -68,48 +82,73 @@ def parse_template(text, encode, mask):
 
 def first_canvas(config, tokenizer, model_config):
     """Token ids (T,) with [MASK] where they are open, of --start or --template."""
-    mask, block_size = model_config.vocab_size, model_config.block_size
+    mask, most = model_config.vocab_size, model_config.block_size
     if config.template:
-        ids = parse_template(read_prompt(config.template), tokenizer.encode, mask)
+        ids = parse_template(read_prompt(config.template), tokenizer.encode, mask, most)
     else:
-        ids = tokenizer.encode(read_prompt(config.start)) + [mask] * config.max_new_tokens
-    if len(ids) > block_size:
-        raise UserError(f'{len(ids)} tokens, of which {ids.count(mask)} are open, do not fit block_size={block_size} of the '
-                        'model: lower --max_new_tokens or shorten the text')
+        given = tokenizer.encode(read_prompt(config.start))
+        count = config.max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
+        if len(given) + count > most:
+            raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit block_size={most} of the '
+                            'model: lower --max_new_tokens or shorten the prompt')
+        ids = given + [mask] * count
+    if len(ids) > most:
+        raise UserError(f'the {len(ids)} tokens of the template do not fit block_size={most} of the model: shorten it')
     return torch.tensor(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generating
 
-def refine_batch(model, canvas, count, config, seed):
-    """Refines `count` copies of a canvas (T,) -> the list of Steps, the first of them before anything was done."""
+def refine_batch(model, canvas, count, how, seed):
+    """Refines `count` copies of a canvas (T,); yields Steps, the first of them before anything is done."""
     idx = canvas.to(model.device).repeat(count, 1)
     nothing = torch.zeros(idx.shape, dtype=torch.float64)
-    first = Step(idx, nothing, nothing.bool(), torch.zeros(count, dtype=torch.long))
-    return [first, *model.refine(idx, config, seed)]
+    yield Step(idx, nothing, nothing.bool(), torch.zeros(count, dtype=torch.long))
+    yield from model.refine(idx, how, seed)
+
+
+class Tally:
+    """Tokens filled in, forward passes of each canvas, and the seconds that they took."""
+
+    def __init__(self):
+        self.tokens, self.passes, self.seconds = 0, [], 0.0
+
+    def refine(self, model, canvas, count, how, seed):
+        """-> the Steps of `refine_batch`: the last one, all of them reduced to the first row, how many each committed."""
+        started, mask, film, open_before, committed = time.perf_counter(), model.config.vocab_size, [], None, []
+        for step in refine_batch(model, canvas, count, how, seed):
+            open_now = int((step.ids == mask).sum())
+            if open_before is not None:
+                committed.append(open_before - open_now)
+            open_before = open_now
+            film.append(Step(step.ids[:1].cpu(), step.confidence[:1].cpu(), step.revised[:1].cpu(), step.passes[:1].cpu()))
+        self.seconds += time.perf_counter() - started
+        self.tokens += count * int((canvas == mask).sum())
+        self.passes += step.passes.tolist()
+        return step, film, committed
 
 
 def generate(model, tokenizer, canvas, config, how, console):
-    """Prints all samples of a canvas (T,); returns tokens filled in and forward passes of each sample."""
-    passes = []
+    """Prints all samples of a canvas (T,); returns the Tally."""
+    tally, totals = Tally(), []
+    given = 0 if config.template else int((canvas != model.config.vocab_size).sum())
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, config.num_samples - first)
-        steps = refine_batch(model, canvas, count, how, derive_seed(config.seed, first))
-        if first == 0:
-            show(steps, tokenizer, model.config.vocab_size, config, how, console)
-        passes += steps[-1].passes.tolist()
-        for row in steps[-1].ids.tolist():
+        last, film, committed = tally.refine(model, canvas, count, how, derive_seed(config.seed, first))
+        totals = [sum(pair) for pair in itertools.zip_longest(totals, committed, fillvalue=0)]
+        if first == 0 and (config.animate or config.html):
+            show(watch.Film.of(film, tokenizer, model.config.vocab_size), config, console)
+        for row in last.ids.tolist():
+            if not config.ignore_eot and not config.template and tokenizer.eot in row[given:]:
+                row = row[:given + row[given:].index(tokenizer.eot)]
             print(tokenizer.decode(row), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
-    return int((canvas == model.config.vocab_size).sum()), passes
-
-
-def show(steps, tokenizer, mask, config, how, console):
-    """Plays the refinement of the first sample, and writes its page."""
-    film = watch.Film.of(steps, tokenizer, mask)
     if how.strategy == 'naive':
-        counts = ', '.join(str(int((frame.ids != mask).sum())) for frame in steps[1:])
-        print(f'committed after each step, over all samples: {counts}', file=sys.stderr)
+        print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
+    return tally
+
+
+def show(film, config, console):
     if config.animate:
         watch.play(film, console)
     if config.html:
@@ -127,39 +166,50 @@ def doubted(model, ids, threshold):
 
 
 def repair(model, tokenizer, config, how, console):
-    """Rewrites what the model doubts in a text, block by block; prints the differences. Returns tokens and passes."""
+    """Rewrites what the model doubts in a text, block by block; prints the differences. Returns the Tally."""
     if model.config.diffusion_objective != 'repair':
         raise UserError('only a model of --diffusion_objective=repair flags wrong tokens')
-    ids, mask = torch.tensor(tokenizer.encode(read_prompt(f'FILE:{config.repair}'))), model.config.vocab_size
+    text = read_prompt(f'FILE:{config.repair.removeprefix("FILE:")}')
+    ids, mask, tally, parts = torch.tensor(tokenizer.encode(text)), model.config.vocab_size, Tally(), []
     if not len(ids):
         raise UserError(f'{config.repair} is empty')
-    wrong, passes, parts = doubted(model, ids, how.flag_threshold), [], []
+    wrong = doubted(model, ids, how.flag_threshold)
     for number, block in enumerate(ids.masked_fill(wrong, mask).split(model.config.block_size)):
-        steps = refine_batch(model, block, 1, how, derive_seed(config.seed, number))
-        parts.append(steps[-1].ids[0].cpu())
-        passes.append(1 + int(steps[-1].passes))
-    watch.print_diff(tokenizer, ids, torch.cat(parts), wrong, console)
-    return int(wrong.sum()), passes
+        last, _, _ = tally.refine(model, block, 1, how, derive_seed(config.seed, number))
+        parts += last.ids[0].tolist()
+    tally.passes = [1 + passes for passes in tally.passes]  # the one that doubted
+    if config.to:
+        write(config.to, tokenizer.decode_bytes(parts))
+    found = watch.diff(tokenizer, ids.tolist(), parts, wrong.tolist(), console.is_terminal)
+    sys.stdout.write(found + '\n' * (not found.endswith('\n')))
+    return tally
+
+
+def write(path, data):
+    try:
+        with open(path, 'wb') as f:
+            f.write(data)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from None
 
 
 def main(argv):
     config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
-    device = pick_device(config.device)
+    device = pick_device('cpu' if config.device == 'auto' and not torch.cuda.is_available() else config.device)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
     state = checkpoint.open_run(config.out_dir, config.ckpt)
     model, tokenizer = checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer'])
-    sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
+    refuse_undefined(how, model.config)
+    sys.stdout.reconfigure(encoding='utf-8', newline='')  # whatever the locale, and line ends as they are
     console = Console()
-    started = time.perf_counter()
     with autocast(device, dtype):
         if config.repair:
-            tokens, passes = repair(model, tokenizer, config, how, console)
+            tally = repair(model, tokenizer, config, how, console)
         else:
-            canvas = first_canvas(config, tokenizer, model.config)
-            tokens, passes = generate(model, tokenizer, canvas, config, how, console)
-    seconds = time.perf_counter() - started
-    print(f'{sum(passes) / len(passes):.1f} forward passes (NFE) for {tokens} tokens, {len(passes)} at a time; '
-          f'{tokens * len(passes) / seconds:,.1f} tokens/s', file=sys.stderr)
+            tally = generate(model, tokenizer, first_canvas(config, tokenizer, model.config), config, how, console)
+    mean, speed = sum(tally.passes) / len(tally.passes), tally.tokens / max(tally.seconds, 1e-9)
+    print(f'{mean:.1f} forward passes (NFE) for each of {len(tally.passes)}, {tally.tokens} tokens in {tally.seconds:.2f} '
+          f's, {speed:,.1f} tokens/s', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@ The machine a script runs on: device, number type, compiler, and the ranks that 
 """
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -77,6 +77,18 @@ def pick_dtype(name, device):
 
 def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(device.type, DTYPES[dtype])
+
+
+@contextmanager
+def exact(device):
+    """float32 products as they are: without autocast, without TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def packed_linear(weight, bias, rows):

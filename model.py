@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
 from drifting import STYLES, batch, features, residual
-from machine import packed_linear
-from objectives import OBJECTIVES, get_objective
+from machine import exact, packed_linear
+from objectives import LOGITS_PER_CHUNK, OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
 
 MODEL_TYPES = tuple(OBJECTIVES)
@@ -97,6 +97,9 @@ class GPTConfig:
             if not self.encoder:
                 raise UserError('drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run '
                                 'on the same data, or hf:gpt2')
+            for name in ('n_inner', 'dropout'):
+                if getattr(self, name):
+                    raise UserError(f'{name}={getattr(self, name)} has no meaning for drifting: leave it at 0')
             if self.drift_prefix >= self.block_size:
                 raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
         if self.n_embd % self.n_head:
@@ -532,8 +535,8 @@ class GeneratorBlock(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
         q, k, v = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        q, k = self.rope(self.q_norm(q), self.k_norm(k), 0)
-        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask)
+        q, k = self.rope(self.q_norm(q.float()), self.k_norm(k.float()), 0)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         x = x + gate_1 * self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         h = F.rms_norm(x, (C,)) * (1 + scale_2) + shift_2
         gate, value = self.c_fc(h).chunk(2, dim=-1)
@@ -554,22 +557,25 @@ class Generator(nn.Module):
         self.modulation = nn.Linear(C, 2 * C)
         self.c_out = nn.Linear(C, C)
 
-    def start(self, mean_embedding):
-        """Gates closed; every position near the mean embedding of the vocabulary."""
+    def start(self, vocabulary):
+        """Gates closed; outputs around the mean of the embeddings (V, C), spread as they are: from one spot no field would
+        spread them."""
         for block in self.h:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
+        mean = vocabulary.mean(0)
+        nn.init.normal_(self.c_out.weight, std=float((vocabulary - mean).std()) / math.sqrt(len(mean)))
         with torch.no_grad():
-            self.c_out.bias.copy_(mean_embedding)
+            self.c_out.bias.copy_(mean)
 
     def forward(self, noise, style, prefix=None, run=lambda block, *inputs: block(*inputs)):
         """prefix (B, P, C): embeddings of given tokens, which see each other only. `run` is how blocks are called."""
         B, T, C = noise.shape
         condition = F.silu(self.condition(noise.mean(1)) + self.codebook[style].mean(1))
-        x, mask = self.c_in(noise), None
-        if prefix is not None and prefix.size(1):
+        x, mask = self.c_in(noise).float(), None
+        if self.c_prefix is not None:  # of no tokens too: under DDP every parameter must have a gradient
             P = prefix.size(1)
-            x = torch.cat((self.c_prefix(prefix), x[:, P:]), dim=1)
+            x = torch.cat((self.c_prefix(prefix).float(), x[:, P:]), dim=1)
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device)
             mask[:P, P:] = False
         for block in self.h:
@@ -630,7 +636,7 @@ class GPT(nn.Module):
         object.__setattr__(self, 'encoder', encoder.requires_grad_(False))
         self.generator = Generator(config)
         self.apply(self._init_weights)
-        self.generator.start(encoder.transformer.wte.weight[:config.vocab_size].mean(0))
+        self.generator.start(encoder.transformer.wte.weight[:config.vocab_size])
 
     def _apply(self, fn, recurse=True):
         if self.encoder is not None:
@@ -740,17 +746,26 @@ class GPT(nn.Module):
     def generator_output(self, noise, style, prefix=None):
         """drifting: noise (B, T, C), style indices (B, 32), ids (B, P) that the text starts with -> embeddings (B, T, C)."""
         table = self.encoder.transformer.wte.weight[:self.config.vocab_size]
-        given = table[prefix] if prefix is not None and prefix.size(1) else None
+        prefix = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device) if prefix is None else prefix
+        given = table[prefix]
         again = {'run': partial(checkpoint, use_reentrant=False)} if self.gradient_checkpointing and self.training else {}
         x = self.generator(noise, style, given, **again)
         if self.config.drift_output == 'soft':
             x = F.linear(x, table).float().softmax(-1).to(table.dtype) @ table
-        return x if given is None else torch.cat((given.to(x.dtype), x[:, given.size(1):]), dim=1)
+        return torch.cat((given.to(x.dtype), x[:, given.size(1):]), dim=1)
 
-    def similarities(self, x):
-        """Cosines (B, T, V) of embeddings x (B, T, C) and those of the vocabulary."""
-        table = self.encoder.transformer.wte.weight[:self.config.vocab_size].float()
-        return F.normalize(x.float(), dim=-1) @ F.normalize(table, dim=-1).t()
+    def nearest(self, x, temperature=1.0, rng=None):
+        """For embeddings x (B, T, C): cosines (B, T) with the nearest ones of the vocabulary, and the ids (B, T) of these;
+        at temperatures other than 1 ids are drawn, by softmax of cosines / temperature."""
+        table = F.normalize(self.encoder.transformer.wte.weight[:self.config.vocab_size].float(), dim=-1)
+        found = []
+        for part in F.normalize(x.float(), dim=-1).flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(table))):
+            with exact(x.device):
+                cosines = part @ table.t()
+            drawn = cosines.argmax(-1) if temperature == 1.0 else sample_logits(cosines.cpu(), temperature, rng=rng)
+            drawn = drawn.to(x.device)
+            found.append((cosines.gather(1, drawn[:, None]).squeeze(1), drawn))
+        return [torch.cat(parts).view(x.shape[:2]) for parts in zip(*found)]
 
     def compile_blocks(self):
         """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
@@ -803,18 +818,23 @@ class GPT(nn.Module):
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
             yield fresh[:, 0]
 
-    def generate_diffusion(self, idx, max_steps=25, temperature=0.8, top_k=200, seed=None, **options):
+    def generate_diffusion(self, idx, max_steps=RefineConfig.max_steps, temperature=RefineConfig.temperature,
+                           top_k=RefineConfig.top_k, seed=None, **options):
         """Token ids (B, T), [MASK] (= vocab_size) where they are open -> the same filled in; what is fixed stays as it is.
 
         `options` are those of RefineConfig; raises UserError where they contradict each other or the objective."""
-        config = RefineConfig(max_steps=max_steps, temperature=temperature, top_k=top_k, **options)
+        config = RefineConfig(max_steps=max_steps, temperature=temperature, top_k=top_k or 0, **options)
         for step in self.refine(idx, config, seed):
-            idx = step.ids.clone()  # an ordinary tensor
-        return idx
+            idx = step.ids
+        return idx.clone()  # an ordinary tensor, and not the caller's
 
     def refine(self, idx, config, seed=None):
         """Yields a refinement.Step for each step of filling in idx (B, T)."""
         refuse_undefined(config, self.config)
+        if idx.size(1) > self.config.block_size:
+            raise UserError(f'{idx.size(1)} tokens do not fit block_size={self.config.block_size} of the model')
+        if idx.device.type == 'mps':
+            raise UserError('refinement draws in float64, which mps has not: use --device=cpu')
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         steps = refine(self.trunk, self.head, idx, self.config.vocab_size, config, rng)
         while True:
@@ -824,21 +844,19 @@ class GPT(nn.Module):
                 return
             yield step
 
-    @torch.inference_mode()
-    def generate_at_once(self, count, length, temperature=1.0, seed=None, prefix=None):
-        """drifting: ids (count, length) in one forward pass, which start with the ids prefix (P,). Each position takes the
-        token of the nearest embedding; at temperatures other than 1 it is drawn, by softmax of cosines / temperature."""
+    @torch.no_grad()
+    def generate_at_once(self, count, temperature=1.0, seed=None, prefix=None):
+        """drifting: ids (count, block_size) in one forward pass, which start with the ids prefix (P,). For temperature see
+        `nearest`."""
         rng = None if seed is None else torch.Generator().manual_seed(seed)
-        noise, _, style = batch(torch.zeros(count, length, dtype=torch.long), rng, n_embd=self.config.n_embd)
+        canvas = torch.zeros(count, self.config.block_size, dtype=torch.long)
+        noise, _, style = batch(canvas, rng, n_embd=self.config.n_embd)
         given = None if prefix is None else prefix.to(self.device).expand(count, -1)
-        cosines = self.similarities(self.generator_output(noise.to(self.device), style.to(self.device), given))
-        if temperature == 1.0:
-            ids = cosines.argmax(-1)
-        else:
-            ids = sample_logits(cosines.flatten(0, 1).cpu(), temperature, rng=rng).view(count, length).to(self.device)
+        x = self.generator_output(noise.to(self.device), style.to(self.device), given)
+        _, ids = self.nearest(x, temperature, rng)
         if given is not None:
             ids[:, :given.size(1)] = given
-        return ids.clone()
+        return ids
 
     def _packed(self, rows):
         """{linear: a faster way to its product with so many rows}, where there is one: on a CPU, in float32."""

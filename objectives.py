@@ -31,8 +31,8 @@ class Objective:
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
     eval_batch: make_batch of evaluation, where it differs.
-    numbers: (range of example numbers, rng) -> those that make_batch gets to see, where it differs.
-    couple: (model, micro-batches of this rank, ranks) -> the same, once each has seen the others of the iteration.
+    numbers: (range of example numbers, first of the iteration, rng) -> those that make_batch sees, where it differs.
+    couple: (model, micro-batches of this rank, ranks, rng) -> the same, once each has seen the others of the iteration.
     """
     make_batch: Callable
     head_loss: Callable
@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf  # the padding has no text and no probability
             top, at_target = logits.amax(1, keepdim=True), logits.gather(1, y[rows, None])
             if flag is not None:
-                w[rows] = torch.where(logits[:, flag] == top[:, 0], w[rows], (targets[rows] != IGNORE).float())
+                w[rows] = torch.where(logits.argmax(1) == flag, w[rows], (targets[rows] != IGNORE).float())
             e = logits.sub_(top).exp_()
             s = e.sum(1, keepdim=True)
             losses[rows] = (top + s.log() - at_target).squeeze(1) * w[rows]

@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 import ngrams
 from data import derive_seed
+from objectives import sum_in_chunks
 
 FOLDS = 5
 MAUVE_SEEDS, MAUVE_SCALE, MAUVE_POINTS = 5, 5.0, 100
@@ -29,17 +30,23 @@ SAMPLES_PER_CLUSTER = 10
 # ---------------------------------------------------------------------------------------------------------------------
 # by way of a judge's features
 
-@torch.no_grad()
-def judged(model, samples, batch_size=64):
-    """-> features (N, C), a causal model's last hidden states averaged over positions, and its loss on tokens 2 to T."""
-    features, losses = [], []
-    for ids in torch.as_tensor(samples).split(batch_size):
-        ids = ids.to(model.device)
-        x = model.trunk(ids)
-        features.append(x.mean(1).float().cpu())
-        log_p = model.head(x[:, :-1]).float().log_softmax(-1)
-        losses.append(-log_p.gather(-1, ids[:, 1:, None]).mean((1, 2)).cpu())
-    return torch.cat(features).numpy(), float(torch.cat(losses).mean())
+class Judged:
+    """A judge, a causal model, and what it makes of real text (N, T)."""
+
+    def __init__(self, model, reference):
+        self.model, self.reference = model, reference
+        self.features, _ = self.of(reference)
+
+    @torch.no_grad()
+    def of(self, samples, batch_size=64):
+        """-> features (N, C) of samples, the last hidden states averaged over positions, and the loss of tokens 2 to T."""
+        features, losses = [], 0.0
+        for ids in torch.as_tensor(samples).split(batch_size):
+            ids = ids.to(self.model.device)
+            x = self.model.trunk(ids)
+            features.append(x.mean(1).float().cpu())
+            losses += float(sum_in_chunks(self.model, x[:, :-1], ids[:, 1:])['loss'])
+        return torch.cat(features).numpy(), losses / (len(samples) * (samples.shape[1] - 1))
 
 
 def classifier_accuracy(features, reference, seed=0):
@@ -81,14 +88,11 @@ def area_under_divergences(p, q):
     return float(np.trapezoid(y, x))
 
 
-def describe(samples, reference, judge=None, seed=0):
-    """{name: number} of samples (N, T) beside reference (M, T); with a judge, a causal model, also what needs features."""
-    found = {}
-    if judge is not None:
-        mine, loss = judged(judge, samples)
-        theirs, _ = judged(judge, reference)
-        found = {'classifier': classifier_accuracy(mine, theirs, seed), 'mauve': mauve(mine, theirs, seed),
-                 'judge_perplexity': math.exp(loss)}
-    found |= {f'js_{n}': ngrams.divergence(samples, reference, n) for n in (1, 2, 3, 4)}
+def describe(samples, judged, seed=0):
+    """{name: number} of samples (N, T) beside the real text of a Judged."""
+    features, loss = judged.of(samples)
+    found = {'classifier': classifier_accuracy(features, judged.features, seed),
+             'mauve': mauve(features, judged.features, seed), 'judge_perplexity': math.exp(loss)}
+    found |= {f'js_{n}': ngrams.divergence(samples, judged.reference, n) for n in (1, 2, 3, 4)}
     found |= {'entropy': ngrams.entropy(samples), 'repetition': ngrams.repetition(samples)}
     return found | {f'distinct_{n}': ngrams.distinct(samples, n) for n in (1, 2, 3)}

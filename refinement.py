@@ -17,23 +17,24 @@ from dataclasses import dataclass
 import torch
 
 from configurator import UserError, one_of, option
+from objectives import LOGITS_PER_CHUNK
 
 STRATEGIES = ('naive', 'ancestral', 'confidence', 'entropy', 'margin', 'random', 'threshold')
 REMASKS = ('none', 'flag', 'remdm-cap', 'remdm-rescale', 'remdm-conf', 'remdm-loop')
-ETA = {'remdm-cap': 0.04, 'remdm-rescale': 0.04, 'remdm-conf': 1.0, 'remdm-loop': 0.02}
+ETA = {'remdm-cap': 0.04, 'remdm-rescale': 0.015, 'remdm-conf': 1.0, 'remdm-loop': 0.02}  # as published
 LOOP = {'t_on': 0.55, 't_off': 0.05, 'alpha_on': 0.9}  # of remdm-loop, as published
 
 
 @dataclass
 class RefineConfig:
     """In which order a canvas is filled, and what is taken back."""
-    strategy: str = option('confidence', 'which masked positions a step commits', STRATEGIES)
+    strategy: str = option('ancestral', 'which masked positions a step commits', STRATEGIES)
     max_steps: int = option(25, 'steps, over all blocks together; threshold takes as many as it needs')
     block_length: int = option(0, 'open positions refined at a time, from left to right; 0 takes all')
     threshold: float = option(0.9, 'threshold: the confidence that commits')
     remask: str = option('none', 'which committed tokens are opened again', REMASKS)
     flag_threshold: float = option(0.5, 'remask=flag: the probability of [MASK] that opens a token again')
-    eta: float = option(-1.0, 'remask=remdm-*: how much is opened; negative takes 0.04, of conf 1, of loop 0.02')
+    eta: float = option(-1.0, 'remask=remdm-*: how much is opened; negative takes what was published')
     temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the likeliest')
     top_k: int = option(200, 'draw from the k likeliest tokens; 0 from all')
     top_p: float = option(1.0, 'draw from the fewest likeliest tokens that have this much probability together')
@@ -49,7 +50,9 @@ class RefineConfig:
             raise UserError(f'top_p={self.top_p} must be above 0 and at most 1')
         if self.remask.startswith('remdm') and self.strategy != 'ancestral':
             raise UserError(f'remask={self.remask} is defined beside --strategy=ancestral only, not {self.strategy}')
-        if self.remask.startswith('remdm') and not self.share <= 1:
+        if self.eta >= 0 and not self.remask.startswith('remdm'):
+            raise UserError(f'eta={self.eta} is for --remask=remdm-cap, -rescale, -conf or -loop, not {self.remask}')
+        if not self.eta <= 1:
             raise UserError(f'eta={self.eta} must be at most 1')
         if self.remask == 'flag' and self.strategy == 'naive':
             raise UserError('strategy=naive never looks at what it has committed: --remask=flag needs another strategy')
@@ -149,7 +152,9 @@ class Canvas:
         return (self.ids != self.mask) & self.free & block
 
     def logits(self, where):
-        """float64 logits (N, V+1) of the positions `where` (B, T); the head works on no others."""
+        """Yields float64 logits (n, V+1) of the positions `where` (B, T), a part at a time; the head works on no others."""
+        if not where.any():
+            return
         rows = where.any(1)
         if self.use_cache:
             rows &= ~self.known
@@ -160,7 +165,8 @@ class Canvas:
             self.hidden[rows] = found
             self.known |= rows
             self.passes += rows
-        return self.head(self.hidden[where]).double() if where.any() else None
+        for part in self.hidden[where].split(max(1, LOGITS_PER_CHUNK // (self.mask + 1))):
+            yield self.head(part).double()
 
     def commit(self, where, ids, confidence):
         """Writes ids (N,) at the positions `where` (B, T)."""
@@ -172,12 +178,17 @@ class Canvas:
         self.confidence[where] = 0
         self.known &= ~where.any(1)
 
-    def answer(self, where, config, rng):
-        """Draws a token for each position of `where` (B, T) -> ids and confidences (N,), logits (N, V). The confidence is
-        that of the model itself, whatever the temperature."""
-        logits = self.logits(where)[:, :self.mask]
-        ids = draw(logits, config, rng)
-        return ids, logits.softmax(-1).gather(1, ids[:, None]).squeeze(1), logits
+    def answer(self, where, config, rng, score=None, columns=0):
+        """Draws a token for each position of `where` (B, T) -> ids, confidences and scores (N,). The confidence is the
+        model's own probability, whatever the temperature; the score what `score` makes of its probabilities (n, V) and
+        confidences (n,). [MASK] has no part in it, unless `columns` asks for V+1."""
+        found = []
+        for logits in self.logits(where):
+            logits = logits[:, :columns or self.mask]
+            ids, p = draw(logits, config, rng), logits.softmax(-1)
+            confidence = p.gather(1, ids[:, None]).squeeze(1)
+            found.append((ids, confidence, confidence if score is None else score(p, confidence)))
+        return [torch.cat(parts) for parts in zip(*found)]
 
 
 def fill(canvas, where, config, rng):
@@ -191,12 +202,10 @@ def fill(canvas, where, config, rng):
 # the steps
 
 def blocks(free, length):
-    """Yields the positions (T,) of each block: `length` of those that are free (B, T) in any row, from left to right."""
-    columns = free.any(0).nonzero().squeeze(1)
-    for part in columns.split(length or max(1, len(columns))):
-        block = torch.zeros(free.size(1), dtype=torch.bool, device=free.device)
-        block[part] = True
-        yield block
+    """Yields the positions (B, T) of each block: in each row `length` of those that are free (B, T), from left to right."""
+    number = (free.cumsum(1) - 1) // (length or free.size(1))
+    for i in range(int(number.max()) + 1):
+        yield free & (number == i)
 
 
 def refine(trunk, head, ids, mask, config, rng=None, use_cache=True):
@@ -234,18 +243,25 @@ def flagged(canvas, block, config):
     committed = canvas.committed(block)
     if config.remask != 'flag' or not committed.any():
         return none
-    p_mask = canvas.logits(committed).softmax(-1)[:, canvas.mask]
+    p_mask = torch.cat([logits.softmax(-1)[:, canvas.mask] for logits in canvas.logits(committed)])
     return none.masked_scatter(committed, p_mask > config.flag_threshold)
 
 
 def naive(canvas, block, number, steps, config, rng):
     """Draws at all open positions, [MASK] among the answers; keeps what is not."""
     where = canvas.open(block)
-    logits = canvas.logits(where)
-    ids = draw(logits, config, rng)
+    ids, confidence, _ = canvas.answer(where, config, rng, columns=canvas.mask + 1)
     kept = ids != canvas.mask
-    confidence = logits.softmax(-1).gather(1, ids[:, None]).squeeze(1)
     canvas.commit(where.masked_scatter(where, kept), ids[kept], confidence[kept])
+
+
+def margin(p, confidence):
+    first, second = p.topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+SCORES = {'confidence': lambda p, confidence: confidence, 'margin': margin,
+          'entropy': lambda p, confidence: -torch.special.entr(p).sum(-1)}
 
 
 def quota(canvas, block, number, steps, config, rng):
@@ -259,16 +275,7 @@ def quota(canvas, block, number, steps, config, rng):
         return
     if not where.any():
         return
-    ids, confidence, logits = canvas.answer(where, config, rng)
-    if config.strategy == 'confidence':
-        scores = confidence
-    elif config.strategy == 'entropy':
-        scores = -torch.special.entr(logits.softmax(-1)).sum(-1)
-    elif config.strategy == 'margin':
-        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-        scores = first - second
-    else:
-        raise ValueError(f'strategy={config.strategy!r} is not one of: {", ".join(STRATEGIES)}')
+    ids, confidence, scores = canvas.answer(where, config, rng, SCORES[config.strategy])
     chosen = best(place(where, scores, -math.inf), where, count)
     canvas.commit(chosen, ids[chosen[where]], confidence[chosen[where]])
 
@@ -302,9 +309,7 @@ def ancestral(canvas, block, number, steps, config, rng):
 def remdm(t, s, confidence, committed, config):
     """alpha_t, alpha_s and sigma (B, T) of ReMDM from time t to s."""
     kind, eta = config.remask, config.share
-    alpha_t, alpha_s = 1 - t, 1 - s
-    if kind == 'remdm-loop':
-        alpha_t, alpha_s = loop_alpha(t), loop_alpha(s)
+    alpha_t, alpha_s = (loop_alpha(t), loop_alpha(s)) if kind == 'remdm-loop' else (1 - t, 1 - s)
     greatest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
     if kind == 'remdm-cap':
         sigma = min(eta, greatest)

@@ -93,6 +93,8 @@ class RunLog:
         self.trainer.say(f'iter {self.trainer.iter_num}: ' +
                          ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()
                                    if isinstance(value, float) and not any(c.isdigit() for c in name)))
+        if metrics.get('val_collapsed'):
+            self.trainer.say('the generator has collapsed: fewer than half of the distinct 2-grams of real text')
 
     def close(self):
         self.bar.close()

@@ -123,11 +123,11 @@ def print_at_once(text, tokenizer, model, prompt, config):
     if len(prompt) > c.drift_prefix:
         raise UserError(f'the prompt has {len(prompt)} tokens, and the model was trained with at most '
                         f'drift_prefix={c.drift_prefix}: shorten it, or train with a larger --drift_prefix')
-    length, tokens, passes = min(c.block_size, len(prompt) + config.max_new_tokens), 0, 0
+    end, tokens, passes = len(prompt) + config.max_new_tokens, 0, 0
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, config.num_samples - first)
         prefix = torch.tensor(prompt) if prompt else None
-        ids = model.generate_at_once(count, length, config.temperature, derive_seed(config.seed, first), prefix)
+        ids = model.generate_at_once(count, config.temperature, derive_seed(config.seed, first), prefix)[:, :end]
         passes += 1
         tokens += ids[:, len(prompt):].numel()
         for row in ids.tolist():

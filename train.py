@@ -266,6 +266,7 @@ class Trainer:
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
             'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
             'run_id': self.run_id, 'parents': self.parents, 'commit': self.commit,
+            'encoder': None if self.model.encoder is None else self.model.encoder.source['fingerprint'],
         }
 
     def settings(self):
@@ -274,6 +275,7 @@ class Trainer:
 
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
+        checkpoint.refuse_encoder(self.model, state)
         self.model.load_state_dict(state['model'])
         if self.average:
             self.average.load(state.get('ema') or state['model'])
@@ -376,14 +378,13 @@ class Trainer:
 
     def _batch(self, micro):
         """The micro-batch with this number among all of all ranks and iterations."""
-        B = self.config.batch_size
+        B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
         windows = self.windows['train']
         rng = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, micro))
         numbers = range(micro * B, (micro + 1) * B)
         if self.objective.numbers:
-            numbers = self.objective.numbers(numbers, rng)
+            numbers = self.objective.numbers(numbers, (micro - micro % steps) * B, rng)
         tokens = windows.read(windows.offsets(numbers))
-        steps = self.config.gradient_accumulation_steps
         return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
 
     def _to_device(self, tensors):
@@ -404,8 +405,9 @@ class Trainer:
         total = torch.zeros((), device=ranks.device)
         batches = (self._batch(first + i) for i in range(here))
         if self.objective.couple:
+            rng = torch.Generator().manual_seed(derive_seed(c.seed, 9, self.iter_num))
             with autocast(ranks.device, self.dtype):
-                batches = self.objective.couple(self.model, list(batches), ranks)
+                batches = self.objective.couple(self.model, list(batches), ranks, rng)
         for i, batch in enumerate(batches):
             last = i == here - 1
             with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
@@ -463,8 +465,9 @@ def refuse_tokenizer(what_fails, state, meta):
 def refuse_changes(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
     refuse_tokenizer('cannot resume', state, meta)
+    may_change = ('dropout', 'encoder')  # the encoder may be elsewhere; that it is the same is checked
     differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k, None)} now'
-                 for k, v in state['model_args'].items() if k != 'dropout' and getattr(model_config, k, None) != v]
+                 for k, v in state['model_args'].items() if k not in may_change and getattr(model_config, k, None) != v]
     if differing:
         raise UserError(f"cannot resume: {'; '.join(differing)}; use --init_from=DIR to start a new run from its weights")
 

@@ -1,18 +1,21 @@
 """
 Refinement made visible: in the terminal, as a page that plays it, and a repair as a coloured diff.
 """
+import itertools
 import json
 import os
 import time
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
 from configurator import UserError
 
 OPEN = '·'
-SECONDS_PER_FRAME = 0.15
+SECONDS_PER_FRAME, SECONDS_AT_MOST = 0.15, 20
+OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
 
 
 @dataclass
@@ -24,27 +27,30 @@ class Film:
     passes: list
 
     @classmethod
-    def of(cls, steps, tokenizer, mask, row=0):
-        """Of one row of a list of refinement.Steps, the first of them before anything was done."""
-        first, ever, frames = steps[0].ids[row].tolist(), set(), []
+    def of(cls, steps, tokenizer, mask):
+        """Of the first row of refinement.Steps, the first of them before anything was done."""
+        ever, film = set(), None
         for step in steps:
-            ever |= set(step.revised[row].nonzero().flatten().tolist())
-            frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever) for n, (i, c) in
-                           enumerate(zip(step.ids[row].tolist(), step.confidence[row].tolist()))])
-        return cls(frames, [i != mask for i in first], [int(step.passes[row]) for step in steps])
+            ids, confidence = step.ids[0].tolist(), step.confidence[0].tolist()
+            film = film or cls([], [i != mask for i in ids], [])
+            ever |= set(step.revised[0].nonzero().flatten().tolist())
+            film.frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever)
+                                for n, (i, c) in enumerate(zip(ids, confidence))])
+            film.passes.append(int(step.passes[0]))
+        return film
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # terminal
 
 def visible(text):
-    """A token's text on one line."""
-    return text.replace('\n', '⏎').replace('\t', ' ')
+    """A token's text on one line, without what would move the cursor."""
+    return ''.join(c if c.isprintable() else '⏎' if c == '\n' else ' ' if c in '\t\r' else '?' for c in text)
 
 
 def cells(film):
     """The width of each position: that of its widest token, so that nothing moves while the film plays."""
-    return [max(len(visible(frame[n][0])) if frame[n][0] is not None else 1 for frame in film.frames)
+    return [max(1 if frame[n][0] is None else cell_len(visible(frame[n][0])) for frame in film.frames)
             for n in range(len(film.fixed))]
 
 
@@ -64,7 +70,7 @@ def picture(film, number, widths, columns):
         style = 'dim' if token is None else 'bold' if fixed else colour(confidence) + ' underline' * revised
         shown = OPEN if token is None else visible(token)
         text.append(shown, style)
-        text.append(' ' * (width - len(shown)))
+        text.append(' ' * (width - cell_len(shown)))
         used += width
     return text
 
@@ -81,25 +87,25 @@ def play(film, console):
     with Live(console=console, auto_refresh=False, vertical_overflow='crop') as live:
         for number in range(len(film.frames)):
             live.update(picture(film, number, widths, console.width), refresh=True)
-            time.sleep(SECONDS_PER_FRAME)
+            time.sleep(min(SECONDS_PER_FRAME, SECONDS_AT_MOST / len(film.frames)))
 
 
-def print_diff(tokenizer, before, after, doubted, console):
-    """Prints a text whose doubted tokens were rewritten: what went in red, what came in green, what was confirmed in
-    yellow."""
-    text = Text()
-    for old, new, wrong in zip(before.tolist(), after.tolist(), doubted.tolist()):
-        was, now = tokenizer.decode([old]), tokenizer.decode([new])
-        if not wrong:
-            text.append(was)
-        elif old == new:
-            text.append(was, 'yellow')
-        elif console.is_terminal:
-            text.append(was, 'red strike')
-            text.append(now, 'green')
+def diff(tokenizer, before, after, doubted, colours):
+    """A text whose doubted tokens were rewritten: what went in red, what came in green, what was confirmed in yellow;
+    without colours as [-went-]{+came+}. Everything else stands as it stood."""
+    kinds = ['kept' if not wrong else 'same' if old == new else 'new' for old, new, wrong in zip(before, after, doubted)]
+    text, start = '', 0
+    for kind, its in itertools.groupby(kinds):
+        run = slice(start, start + len(list(its)))
+        start = run.stop
+        was, now = tokenizer.decode(before[run]), tokenizer.decode(after[run])
+        if kind == 'kept' or (kind == 'same' and not colours):
+            text += was
+        elif kind == 'same':
+            text += SAME + was + PLAIN
         else:
-            text.append(f'[-{was}-]{{+{now}+}}')
-    console.print(text, soft_wrap=True)
+            text += f'{OLD}{was}{PLAIN}{NEW}{now}{PLAIN}' if colours else f'[-{was}-]{{+{now}+}}'
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def settings(tmp_path, data_dir, encoder):
     """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path."""
     def make(out_dir='run', **overrides):
         if overrides.get('model_type') == 'drifting':
-            overrides = {'encoder': encoder, 'drift_positives': 2} | overrides
+            overrides = {'encoder': encoder, 'drift_positives': 2, 'drift_prefix': 3} | overrides
+            overrides.pop('dropout', None)
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
     return make
 

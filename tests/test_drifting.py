@@ -26,7 +26,7 @@ from drifting import (
     residual,
 )
 from machine import Ranks
-from model import GPT, GPTConfig
+from model import GPT, Generator, GPTConfig
 from train import Trainer
 
 
@@ -205,13 +205,56 @@ def noise_and_style(count=4, length=16):
     return noise, style
 
 
-def test_it_starts_near_the_mean_embedding_and_tells_samples_apart(encoder):
+@pytest.mark.parametrize('C', [16, 768])
+def test_it_starts_around_the_mean_embedding_spread_as_the_vocabulary_is(C):
+    torch.manual_seed(0)
+    config = GPTConfig(model_type='drifting', encoder='x', block_size=64, n_layer=1, n_head=2, n_embd=C)
+    generator, table = Generator(config), torch.randn(300, C) * 0.14 + torch.randn(C)
+    generator.start(table)
+    x = generator(torch.randn(4, 64, C), torch.randint(64, (4, 32)))
+    off = x - table.mean(0)
+    assert off.square().mean().sqrt().item() == pytest.approx(0.14, rel=0.3)
+    assert off.mean((0, 1)).square().mean().sqrt().item() < 0.08
+
+
+def test_nearest_is_exact_inside_bfloat16_autocast(encoder):
     model = make(encoder)
-    x = model.generator_output(*noise_and_style())
-    table = model.encoder.transformer.wte.weight[:257]
-    mean = table.mean(0)
-    assert (x - mean).square().mean().sqrt() < 0.2 and x.std(0).min() > 1e-4
-    assert x.shape == (4, 16, 16)
+    x = torch.randn(5, 16, 16) + 300 * torch.eye(16)[0]
+    cosine, ids = model.nearest(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        inside, same = model.nearest(x)
+        apart = drifting.pairwise(x[0])
+    assert torch.equal(ids, same) and torch.equal(cosine, inside) and inside.dtype == torch.float32
+    exact_distance = torch.pdist(x[0].double()).mean()
+    assert apart == pytest.approx(float(exact_distance), rel=0.02)
+
+
+def test_the_drift_survives_large_offsets():
+    """States of a GPT have a few coordinates that are large for every token."""
+    x, a = points(1, 30, 64), points(1, 40, 64, seed=1)
+    offset = torch.zeros(64, dtype=torch.float64)
+    offset[:4] = 1000.0
+    plain = drift(x, a)[0] - (x / drift(x, a)[1]).float()
+    targets, scale, _ = drift((x + offset).float(), (a + offset).float())
+    moved = targets - (x + offset).float() / scale
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), plain.flatten(), dim=0) > 0.99
+
+
+def test_a_changed_encoder_is_noticed(tiny, tmp_path, encoder, data_dir):
+    import shutil
+    mine = tmp_path / 'encoder'
+    shutil.copytree(encoder, mine)
+    config, model_config = tiny(model_type='drifting', encoder=str(mine))
+    train.train(config, model_config)
+    other, gpt2 = tiny(out_dir='other', seed=2)
+    train.train(other, gpt2)
+    shutil.rmtree(mine)
+    shutil.copytree(other.out_dir, mine)
+    with pytest.raises(UserError, match='not what this model was trained with'):
+        checkpoint.load_model(checkpoint.load(checkpoint.find(config.out_dir)))
+    with pytest.raises(UserError, match='not what this model was trained with'):
+        resume(config.out_dir, '--max_iters=8')
+    assert resume(config.out_dir, '--max_iters=8', f'--encoder={encoder}') == 0  # elsewhere, but the same
 
 
 def test_blocks_are_closed_at_first_and_open_later(encoder):
@@ -237,7 +280,7 @@ def test_the_gradient_flows_through_the_encoder_and_not_into_it(encoder):
             p.add_(torch.randn_like(p) * 0.05)
     noise, style = noise_and_style()
     ids = torch.randint(200, (4, 16))
-    (noise, field, style), = drifting.couple(model, [(noise, ids, style)], Ranks())
+    (noise, field, style), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
     model(noise, field, style)[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -248,7 +291,6 @@ def test_the_gradient_flows_through_the_encoder_and_not_into_it(encoder):
 
 def test_the_published_size_has_131_million_parameters(encoder):
     with torch.device('meta'):
-        from model import Generator
         config = GPTConfig(model_type='drifting', encoder='x', block_size=256, n_layer=12, n_head=12, n_embd=768)
         count = sum(p.numel() for p in Generator(config).parameters())
     assert count == pytest.approx(131e6, rel=0.01)
@@ -315,10 +357,9 @@ def test_micro_batches_are_coupled_into_one_field(encoder):
     model = make(encoder)
     noise, style = noise_and_style(6)
     ids = torch.randint(200, (6, 16))
-    torch.manual_seed(3)
-    (_, whole, _), = drifting.couple(model, [(noise, ids, style)], Ranks())
-    torch.manual_seed(3)
-    halves = drifting.couple(model, [(noise[:3], ids[:3], style[:3]), (noise[3:], ids[3:], style[3:])], Ranks())
+    (_, whole, _), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+    parts = [(noise[:3], ids[:3], style[:3]), (noise[3:], ids[3:], style[3:])]
+    halves = drifting.couple(model, parts, Ranks(), torch.Generator().manual_seed(3))
     for name in whole.targets:
         assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
     loss = model(noise, whole, style)[1]
@@ -328,11 +369,11 @@ def test_micro_batches_are_coupled_into_one_field(encoder):
 
 def test_further_positives_come_from_the_examples_before():
     rng = torch.Generator().manual_seed(0)
-    found = numbers(range(5000, 5008), rng, extra=300)
-    assert found[:8] == list(range(5000, 5008)) and len(found) == 308
+    found = numbers(range(5008, 5016), 5000, rng, extra=300)
+    assert found[:8] == list(range(5008, 5016)) and len(found) == 308
     assert min(found[8:]) >= 4000 and max(found[8:]) < 5000 and len(set(found[8:])) > 200
-    assert set(numbers(range(0, 8), rng, extra=50)[8:]) <= set(range(8))
-    assert min(numbers(range(8, 16), rng, extra=50)[8:]) >= 0
+    assert set(numbers(range(0, 8), 0, rng, extra=50)[8:]) <= set(range(8))
+    assert min(numbers(range(8, 16), 8, rng, extra=50)[8:]) >= 0
 
 
 def test_a_run_says_what_matters_and_keeps_the_best_by_divergence(tiny, encoder):
@@ -352,7 +393,11 @@ def test_a_run_says_what_matters_and_keeps_the_best_by_divergence(tiny, encoder)
 def test_collapse_is_reported():
     real = torch.randint(50, (20, 16))
     same = torch.zeros_like(real)
-    sums = {'count': torch.tensor(1.0), 'samples_all': same, 'real_all': real}
+    states = torch.randn(20, 4)
+    sums = {'count': torch.tensor(20.0), 'vocabulary_distance': torch.tensor(3.0), 'samples_all': same, 'real_all': real,
+            'samples_1_mean_16_all': 2 * states, 'real_1_mean_16_all': states}
+    assert drifting.summary(sums)['diversity'] == pytest.approx(2, rel=1e-3)
+    assert drifting.summary(sums)['vocabulary_distance'] == pytest.approx(0.15)
     assert drifting.summary(sums)['collapsed'] == 1
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['collapsed'] == 0
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['js_2'] == 0
@@ -384,7 +429,7 @@ def test_each_position_takes_the_nearest_token(out_dir):
     model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
     calls = []
     model.generator.register_forward_hook(lambda *_: calls.append(1))
-    ids = model.generate_at_once(3, 16, seed=5)
+    ids = model.generate_at_once(3, seed=5)
     assert len(calls) == 1 and ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 257
     noise, _, style = drifting.batch(torch.zeros(3, 16, dtype=torch.long), torch.Generator().manual_seed(5), n_embd=16)
     with torch.no_grad():
@@ -394,7 +439,7 @@ def test_each_position_takes_the_nearest_token(out_dir):
         for t in range(16):
             cosines = table @ x[b, t].numpy() / np.linalg.norm(table, axis=1)
             assert int(cosines.argmax()) == int(ids[b, t])
-    assert torch.equal(ids, model.generate_at_once(3, 16, seed=5))
-    assert not torch.equal(ids, model.generate_at_once(3, 16, seed=6))
-    given = model.generate_at_once(3, 16, 0.5, seed=5, prefix=torch.tensor([1, 2]))
+    assert torch.equal(ids, model.generate_at_once(3, seed=5))
+    assert not torch.equal(ids, model.generate_at_once(3, seed=6))
+    given = model.generate_at_once(3, 0.5, seed=5, prefix=torch.tensor([1, 2]))
     assert given[:, :2].tolist() == [[1, 2]] * 3

@@ -45,7 +45,7 @@ def go(out_dir, capsys):
 def test_a_prompt_is_continued_and_the_passes_are_counted(go):
     said = go('--start=Once upon')
     assert said.out.startswith('Once upon') and len(said.out.encode()) >= len('Once upon') + 20
-    assert re.search(r'6\.0 forward passes \(NFE\) for 20 tokens, .* tokens/s', said.err)
+    assert re.search(r'\d\.\d forward passes \(NFE\) for each of 1, 20 tokens in .* tokens/s', said.err)
 
 
 def test_the_same_seed_says_the_same(go):
@@ -62,27 +62,66 @@ def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
 
 def test_gaps_are_as_long_as_they_say():
     encode = ByteTokenizer().encode
-    assert parse_template('a[MASK:3]b____', encode, 300) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
-    assert parse_template('__init__ ___', encode, 300) == [*b'__init__ ', 300, 300, 300]
+    assert parse_template('a[MASK:3]b____', encode, 300, 16) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
+    assert parse_template('__init__ ___', encode, 300, 16) == [*b'__init__ ', 300, 300, 300]
     with pytest.raises(UserError, match='no gap'):
-        parse_template('nothing __ open', encode, 300)
+        parse_template('nothing __ open', encode, 300, 16)
+    for gap in ('[MASK:0]', '[MASK:17]', '[MASK:99999999999]'):
+        with pytest.raises(UserError, match='block_size=16'):
+            parse_template(f'a{gap}', encode, 300, 16)
 
 
 def test_naive_tells_how_much_each_step_commits(go):
-    counts = re.search(r'committed after each step, over all samples: (.*)', go('--strategy=naive').err)[1].split(', ')
-    assert int(counts[-1]) == 20
+    for samples in (1, 3, 70):
+        said = go('--strategy=naive', '--start=given', f'--num_samples={samples}').err
+        counts = re.search(r'committed in each step, over all samples: (.*)', said)[1].split(', ')
+        assert sum(map(int, counts)) == 20 * samples
 
 
 def test_repair_rewrites_only_what_is_flagged(go, tmp_path, monkeypatch):
-    text = 'abc' * 40
-    (tmp_path / 'text.txt').write_text(text)
-    wrong = torch.zeros(len(text), dtype=torch.bool)
-    wrong[[3, 60]] = True
+    text = 'Größe\tzwei\r\n\x0c' + 'abc' * 40
+    raw = text.encode()
+    (tmp_path / 'text.txt').write_bytes(raw)
+    wrong = torch.zeros(len(raw), dtype=torch.bool)
+    wrong[[30, 31, 90]] = True
     monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: wrong)
-    said = go(f'--repair={tmp_path}/text.txt', '--temperature=2.0', '--top_k=0', '--seed=2').out.rstrip('\n')
-    old = re.sub(r'\[-(.*?)-\]\{\+.*?\+\}', r'\1', said, flags=re.DOTALL)
-    assert old == text
-    assert 1 <= said.count('[-') <= 2
+    said = go(f'--repair={tmp_path}/text.txt', '--temperature=2.0', '--top_k=0', '--seed=2', f'--to={tmp_path}/new.txt')
+    old = re.sub(r'\[-(.*?)-\]\{\+.*?\+\}', r'\1', said.out, flags=re.DOTALL)
+    assert old == text + '\n' and 1 <= said.out.count('[-') <= 3
+    new = (tmp_path / 'new.txt').read_bytes()
+    assert new != raw and all(a == b for i, (a, b) in enumerate(zip(new, raw)) if not wrong[i])
+    assert '3 tokens' in said.err and f'for each of {-(-len(raw) // 48)}' in said.err
+
+
+def test_an_untouched_text_is_printed_as_it_is(go, tmp_path, monkeypatch):
+    text = 'Größe\tzwei\r\n\x0c\x1b[0m日本\n'
+    (tmp_path / 'text.txt').write_bytes(text.encode())
+    monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: torch.zeros(len(ids), dtype=torch.bool))
+    assert go(f'--repair={tmp_path}/text.txt').out == text
+
+
+def test_the_diff_is_coloured_where_there_are_colours():
+    before, after, doubted = list(b'abcd'), list(b'abxd'), [False, True, True, False]
+    coloured = watch.diff(ByteTokenizer(), before, after, doubted, colours=True)
+    assert coloured == f'a{watch.SAME}b{watch.PLAIN}{watch.OLD}c{watch.PLAIN}{watch.NEW}x{watch.PLAIN}d'
+    assert watch.diff(ByteTokenizer(), before, after, doubted, colours=False) == 'ab[-c-]{+x+}d'
+
+
+def test_text_ends_at_end_of_text(go, monkeypatch):
+    ends = [*b'abXY', 256, *b'Z']
+
+    def steps(model, canvas, count, how, seed):
+        nothing = torch.zeros(1, 6)
+        for ids in ([257] * 6, ends):
+            yield Step(torch.tensor([ids]), nothing, nothing.bool(), torch.zeros(1, dtype=torch.long))
+    monkeypatch.setattr(generate_diffusion, 'refine_batch', steps)
+    assert go('--start=ab').out == 'abXY\n'
+    assert go('--start=ab', '--ignore_eot=True').out == 'abXY<|endoftext|>Z\n'
+
+
+def test_as_much_is_filled_in_as_fits(out_dir, capsys):
+    generate_diffusion.main([f'--out_dir={out_dir}', '--device=cpu', '--start=abc', '--max_steps=3', '--ignore_eot=True'])
+    assert ', 45 tokens in' in capsys.readouterr().err
 
 
 def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
@@ -97,8 +136,11 @@ def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
 
 @pytest.mark.parametrize('args, words', [
     (['--max_new_tokens=50'], 'block_size=48'), (['--template=full'], 'no gap'),
+    (['--max_new_tokens=99999999999'], 'block_size=48'), (['--template=' + 'a' * 60 + '___'], 'block_size=48'),
+    (['--repair=README.md', '--html=x.html'], 'no meaning'), (['--to=x'], 'repair'), (['--eta=0.5'], 'eta'),
     (['--start=a', '--template=b___'], 'contradict'),
-    (['--strategy=best'], 'ancestral'), (['--remask=remdm-cap'], 'ancestral'), (['--start=FILE:nowhere'], 'nowhere'),
+    (['--strategy=best'], 'ancestral'), (['--remask=remdm-cap', '--strategy=random'], 'ancestral'),
+    (['--start=FILE:nowhere'], 'nowhere'),
     (['--repair=nowhere'], 'nowhere'), (['--num_samples=0'], 'num_samples'), (['--html=nowhere/x.html'], 'nowhere'),
 ])
 def test_mistakes_are_one_line(go, args, words):
@@ -111,6 +153,8 @@ def test_models_of_other_kinds_are_refused(tiny, go):
     train.train(config, model_config)
     with pytest.raises(UserError, match='sample.py'):
         go(f'--out_dir={config.out_dir}', '--max_new_tokens=8')
+    with pytest.raises(UserError, match='sample.py'):
+        go(f'--out_dir={config.out_dir}', '--repair=README.md')
     config, model_config = tiny(out_dir='bound', model_type='diffusion', diffusion_objective='nelbo')
     train.train(config, model_config)
     with pytest.raises(UserError, match='repair'):
@@ -125,7 +169,7 @@ def test_sample_refers_to_generate_diffusion(out_dir):
 
 def test_a_canvas_without_gaps_stays_as_it_is(out_dir):
     model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
-    steps = refine_batch(model, torch.arange(10), 1, RefineConfig(), 0)
+    steps = list(refine_batch(model, torch.arange(10), 1, RefineConfig(), 0))
     assert steps[-1].ids.tolist() == [list(range(10))]
 
 
@@ -172,6 +216,13 @@ def test_the_frame_stands_still_in_a_terminal(monkeypatch):
     assert 'step 3, 3 forward passes' in said and '\x1b[' in said
     styles = {str(span.style) for span in pictures[3].spans}
     assert any('underline' in style for style in styles) and 'bold' in styles
+
+
+def test_wide_and_unprintable_characters_have_cells_too():
+    frames = [[('日', 1.0, False), ('\r', 1.0, False)], [('a', 1.0, False), ('\x1b', 1.0, False)]]
+    wide = watch.Film(frames, [False, False], [0, 1])
+    assert watch.cells(wide) == [2, 1]
+    assert [watch.picture(wide, n, [2, 1], 80).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys):

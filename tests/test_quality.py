@@ -89,7 +89,7 @@ def test_spans_are_of_the_text_and_their_order_is_not():
 def test_the_judges_loss_is_its_cross_entropy_and_its_features_are_averages():
     model = make()
     samples = torch.randint(101, (5, 12))
-    features, loss = quality.judged(model, samples, batch_size=2)
+    features, loss = quality.Judged(model, samples).of(samples, batch_size=2)
     with torch.no_grad():
         _, wanted = model(samples[:, :-1], samples[:, 1:])
         assert np.allclose(features, model.trunk(samples).mean(1).numpy(), atol=1e-5)
@@ -98,7 +98,7 @@ def test_the_judges_loss_is_its_cross_entropy_and_its_features_are_averages():
 
 def test_all_is_described():
     a, b = rng.integers(101, size=(60, 16)), rng.integers(101, size=(60, 16))
-    found = quality.describe(a, b, make())
+    found = quality.describe(a, quality.Judged(make(), b))
     assert set(found) == {'classifier', 'mauve', 'judge_perplexity', 'js_1', 'js_2', 'js_3', 'js_4', 'entropy', 'repetition',
                           'distinct_1', 'distinct_2', 'distinct_3'}
-    assert found == quality.describe(a, b, make()) and all(map(math.isfinite, found.values()))
+    assert found == quality.describe(a, quality.Judged(make(), b)) and all(map(math.isfinite, found.values()))

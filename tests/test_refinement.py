@@ -8,7 +8,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from refinement import ETA, REMASKS, STRATEGIES, RefineConfig, draw, keep_likely, refine
+from refinement import ETA, REMASKS, STRATEGIES, RefineConfig, draw, keep_likely, refine, remdm
 
 ORDERS = [s for s in STRATEGIES if s != 'naive']
 PAIRS = [(s, 'none') for s in STRATEGIES] + [(s, 'flag') for s in ORDERS] + \
@@ -140,6 +140,41 @@ def test_opening_by_remdm_is_as_frequent_as_sigma_says():
             assert float((step.ids == 2).double().mean()) == pytest.approx(1 - (number + 1) / 10, abs=0.015)
 
 
+def test_sigma_is_that_of_the_published_formulas():
+    confidence = torch.tensor([[0.2, 0.9, 0.5, 0.0]], dtype=torch.float64)
+    committed = torch.tensor([[True, True, True, False]])
+
+    def of(remask, eta, t, s):
+        return remdm(t, s, confidence, committed, config_of('ancestral', remask, eta=eta))
+    assert of('remdm-cap', 0.3, 0.6, 0.5)[2][0].tolist() == [0.3] * 4
+    assert of('remdm-cap', 0.3, 0.1, 0.0)[2].max() == 0
+    assert of('remdm-rescale', 0.3, 0.2, 0.1)[2][0].tolist() == pytest.approx([0.3 * 0.1 / 0.8] * 4)
+    assert of('remdm-rescale', 0.3, 0.9, 0.8)[2][0].tolist() == pytest.approx([0.3] * 4)  # (1 - alpha_s) / alpha_t above 1
+    weights = torch.tensor([-0.2, -0.9, -0.5], dtype=torch.float64).exp()
+    expected = [*(0.125 * weights / weights.sum()).tolist(), 0.0]
+    assert of('remdm-conf', 1.0, 0.2, 0.1)[2][0].tolist() == pytest.approx(expected)
+    assert of('remdm-conf', 0.5, 0.2, 0.1)[2][0].tolist() == pytest.approx([e / 2 for e in expected])
+    for t, s, alpha_t, alpha_s, sigma in ((0.775, 0.6625, 0.45, 0.675, 0), (0.5, 0.4, 0.9, 0.9, 0.1 / 0.9),
+                                          (0.05, 0.0, 0.9, 1.0, 0)):
+        found = of('remdm-loop', 0.3, t, s)
+        assert found[:2] == pytest.approx((alpha_t, alpha_s)) and found[2].max().item() == pytest.approx(sigma)
+    assert of('remdm-loop', 0.02, 0.5, 0.4)[2].max().item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize('remask, eta', [('remdm-cap', 0.2), ('remdm-rescale', 0.5), ('remdm-loop', 0.1)])
+def test_committed_tokens_are_opened_as_often_as_sigma_says_and_forget_their_confidence(remask, eta):
+    def trunk(ids):
+        return torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64).expand(*ids.shape, 3)
+    config = config_of('ancestral', remask, max_steps=10, eta=eta)
+    steps = list(refine(trunk, lambda x: x, open_canvas(400, 50, mask=2), 2, config, torch.Generator().manual_seed(0)))
+    for number, (before, after) in enumerate(zip(steps, steps[1:]), start=1):
+        committed = before.ids != 2
+        wanted = remdm(1 - number / 10, 1 - (number + 1) / 10, before.confidence, committed, config)[2].max().item()
+        share = float(after.revised.sum() / committed.sum())
+        assert share == pytest.approx(wanted, abs=0.02)
+        assert (after.confidence[after.revised] == 0).all() and (after.confidence[after.ids != 2] == 0.5).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
@@ -167,6 +202,30 @@ def test_what_the_model_flags_is_written_anew_but_not_in_the_last_step():
         assert (before.ids[after.revised] == 3).all()
     unsure = config_of('random', 'flag', max_steps=30, flag_threshold=1.0)
     assert not any(s.revised.any() for s in refine(flagging(3), lambda x: x, canvas, 4, unsure, rng))
+
+
+def test_a_token_is_flagged_above_the_threshold_whatever_the_temperature():
+    """Where the token 3 stands, p([MASK]) is 0.6."""
+    def trunk(ids):
+        p = torch.full((*ids.shape, 5), 0.1, dtype=torch.float64)
+        p[..., 3] += 5.0 * (ids == 4)  # what is open becomes 3
+        p[..., 4] = torch.where(ids == 3, 0.6, 1e-9)
+        return p.log()
+    for threshold, opened in ((0.59, True), (0.61, False)):
+        for temperature in (0.1, 1.0):
+            config = config_of('random', 'flag', max_steps=4, flag_threshold=threshold, temperature=temperature)
+            steps = list(refine(trunk, lambda x: x, open_canvas(20, 4, mask=4), 4, config, torch.Generator().manual_seed(0)))
+            assert any(s.revised.any() for s in steps) == opened
+
+
+@pytest.mark.parametrize('strategy', [s for s in ORDERS if s != 'threshold'])
+def test_no_more_steps_are_taken_than_allowed_even_where_all_is_flagged(strategy):
+    def trunk(ids):
+        return torch.where(torch.arange(5) == 4, 5.0, 0.0).expand(*ids.shape, 5).double()
+    config = config_of(strategy, 'flag', max_steps=6)
+    steps = list(refine(trunk, lambda x: x, open_canvas(5, 8, mask=4), 4, config, torch.Generator().manual_seed(0)))
+    assert len(steps) == 6 and int(steps[-1].passes.max()) <= 6
+    assert any(s.revised.any() for s in steps) and not steps[-1].revised.any()
 
 
 def test_flags_stop_when_nothing_changes_any_more():
@@ -252,7 +311,53 @@ def test_ranking_by_the_drawn_token_is_biased(strategy):
     bits = Oracle(torch.outer(torch.tensor([0.1, 0.9]), torch.tensor([0.4, 0.6])))
     found = bits.sample(config_of(strategy, max_steps=2, threshold=1.01))
     assert float(found[1].sum()) == pytest.approx(0.990, abs=0.006)
+    assert float(found[:, 1].sum()) == pytest.approx(0.6, abs=0.03)
     assert far(bits.sample(config_of('entropy', max_steps=2)), bits.joint) < 0.03
+
+
+def known(*rows):
+    """A model whose probabilities at the positions are these rows, whatever the canvas."""
+    p = torch.tensor([[*row, 0.0] for row in rows], dtype=torch.float64).log()
+    return lambda ids: p.expand(len(ids), -1, -1)
+
+
+@pytest.mark.parametrize('strategy, order', [('confidence', [1, 2, 0]), ('entropy', [1, 0, 2]), ('margin', [1, 2, 0])])
+def test_the_surest_is_committed_first(strategy, order):
+    """Position 2 leads by more than position 0, but its rest is spread wider."""
+    trunk = known([0.5, 0.5, 0.0, 0.0], [0.97, 0.01, 0.01, 0.01], [0.55, 0.15, 0.15, 0.15])
+    config = config_of(strategy, max_steps=3, temperature=0)
+    steps = list(refine(trunk, lambda x: x, open_canvas(1, 3, mask=4), 4, config))
+    opened = [set((s.ids[0] != 4).nonzero().flatten().tolist()) for s in steps]
+    assert [opened[0], opened[1] - opened[0], opened[2] - opened[1]] == [{place} for place in order]
+
+
+def test_the_threshold_decides():
+    trunk = known([0.6, 0.4], [0.45, 0.55], [0.9, 0.1])
+    for value, first in ((0.5, {0, 1, 2}), (0.58, {0, 2}), (0.7, {2}), (0.95, {2})):
+        config = config_of('threshold', threshold=value, temperature=0)
+        step = next(refine(trunk, lambda x: x, open_canvas(1, 3, mask=2), 2, config))
+        assert set((step.ids[0] != 2).nonzero().flatten().tolist()) == first
+
+
+@pytest.mark.parametrize('strategy', ['confidence', 'entropy', 'threshold'])
+@pytest.mark.parametrize('block_length', [0, 2])
+def test_rows_that_differ_are_refined_as_each_alone(model, strategy, block_length):
+    """As many open positions in each, in different places."""
+    ids = open_canvas(3)
+    ids[0, :6] = torch.tensor([1, 2, 3, 4, 5, 6])
+    ids[1, 6:] = 0
+    ids[2, ::2] = 3
+    config = config_of(strategy, block_length=block_length, max_steps=6, temperature=0)
+    together = run(model, ids, config)[-1]
+    for i in range(3):
+        alone = run(model, ids[i:i + 1], config)[-1]
+        assert torch.equal(alone.ids[0], together.ids[i]) and alone.passes[0] == together.passes[i]
+
+
+def test_a_prompt_is_a_template_with_one_gap(model):
+    ids = open_canvas(1)
+    ids[0, :5] = torch.tensor([1, 2, 3, 4, 5])
+    assert model.generate_diffusion(ids, 6, 1.0, None, seed=3)[0, :5].tolist() == [1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +370,8 @@ def test_draws_have_the_probabilities_of_the_softmax():
         found = ids.bincount(minlength=4) / len(ids)
         assert torch.allclose(found.double(), (logits[0] / temperature).softmax(-1), atol=0.01)
     assert draw(logits, config_of('random', temperature=0)).unique().tolist() == [2]
+    assert draw(logits, config_of('random', top_k=2)).unique().tolist() == [1, 2]
+    assert draw(logits, config_of('random', top_p=0.5)).unique().tolist() == [2]
 
 
 def test_the_tail_is_not_cut():
@@ -304,8 +411,10 @@ def test_the_model_refines_reproducibly(model):
 
 @pytest.mark.parametrize('options, words', [
     (dict(strategy='remdm'), 'ancestral'), (dict(remask='flags'), 'remdm-loop'), (dict(max_steps=0), 'max_steps'),
-    (dict(remask='remdm-cap'), 'ancestral'), (dict(strategy='naive', remask='flag'), 'naive'), (dict(top_p=0), 'top_p'),
-    (dict(strategy='ancestral', remask='remdm-cap', eta=1.5), 'eta'), (dict(temperature=-1), 'temperature'),
+    (dict(strategy='random', remask='remdm-cap'), 'ancestral'), (dict(strategy='naive', remask='flag'), 'naive'),
+    (dict(top_p=0), 'top_p'),
+    (dict(strategy='ancestral', remask='remdm-cap', eta=1.5), 'eta'),
+    (dict(eta=0.5), 'remdm'), (dict(temperature=-1), 'temperature'),
 ])
 def test_contradictions_are_named(options, words):
     with pytest.raises(UserError, match=words):

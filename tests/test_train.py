@@ -60,7 +60,7 @@ def assert_same_run(one, other, best=True):
     assert metrics(one) == metrics(other)
     for which in ('last', 'best') if best else ('last',):
         a, b = load(one, which), load(other, which)
-        for key in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'random_states', 'model_args'):
+        for key in ('model', 'ema', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'random_states', 'model_args'):
             assert_same(a[key], b[key], f'{which}.{key}')
 
 
@@ -85,7 +85,7 @@ def interrupt():
 
 # everything that could go wrong when a run is cut in two
 HARD = dict(max_iters=8, eval_interval=4, dropout=0.1, gradient_accumulation_steps=2, grad_clip=0.1, stride=7,
-            warmup_iters=3)
+            warmup_iters=3, ema=0.9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
