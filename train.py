@@ -347,14 +347,16 @@ class Trainer:
 
     def _stopping(self):
         """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
+        agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
-            flag = torch.tensor(self.stop_signal or 0, device=self.ranks.device)
+            flag = torch.tensor(agreed, device=self.ranks.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stop_signal = int(flag) or None
-        if self.stop_signal is not None:
-            self.say(f'stopped by {signal.Signals(self.stop_signal).name} after iteration {self.iter_num}; go on with '
+            agreed = int(flag)
+        if agreed:
+            self.stop_signal = agreed  # only now: one that came in the meantime waits for the next iteration
+            self.say(f'stopped by {signal.Signals(agreed).name} after iteration {self.iter_num}; go on with '
                      f'--init_from=resume --out_dir={self.config.out_dir}')
-        return self.stop_signal is not None
+        return bool(agreed)
 
     def _checkpoint_and_evaluate(self):
         """Saves before evaluating, so that nothing is lost should evaluation fail, and again if it was the best yet."""

@@ -785,18 +785,21 @@ def test_options_that_make_no_sense_are_refused(wrong, reason):
 
 def test_an_option_of_another_type_is_refused_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
-             'diffusion_objective': 'nelbo', 'positions': 'learned'}
+             'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft'}
+    needed = {'drifting': {'encoder': 'somewhere'}}
     defaults = {f.name: f.default for f in GPTConfig.__dataclass_fields__.values()}
     for name in {name for names in OPTIONS.values() for name in names}:
         default = defaults[name]
-        value = other[name] if isinstance(default, str) else not default if isinstance(default, bool) else default / 2
+        value = other[name] if isinstance(default, str) else not default if isinstance(default, bool) else default / 2 or 1
         for model_type in MODEL_TYPES:
+            given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
             if name in OPTIONS[model_type]:
-                assert getattr(GPTConfig(**SIZES, model_type=model_type, **{name: value}), name) == value
+                assert getattr(GPTConfig(**given), name) == value
             else:
                 with pytest.raises(UserError, match=f'{name} is an option of model_type .*, not of {model_type}'):
-                    GPTConfig(**SIZES, model_type=model_type, **{name: value})
-    assert set(OPTIONS) == set(MODEL_TYPES) == {changes.get('model_type', 'gpt2') for changes in VARIANTS.values()}
+                    GPTConfig(**given)
+    causal = {changes.get('model_type', 'gpt2') for changes in VARIANTS.values()}
+    assert set(OPTIONS) == set(MODEL_TYPES) == causal | {'diffusion', 'drifting'}
 
 
 def test_help_tells_every_option_and_whose_it_is(capsys):
