@@ -92,11 +92,11 @@ def test_two_ranks_evaluate_exactly_as_one(tiny, command_line, fork_ranks, tmp_p
 
 
 def train_and_signal_rank_1(argv):
-    """Rank 1 gets SIGTERM in iteration 31, and a second time, as torchrun and a job manager may send it each."""
+    """Rank 1 gets SIGTERM in iteration 14, and a second time, as torchrun and a job manager may send it each."""
     real = train.Trainer._batch
 
     def batch(self, micro):
-        if self.iter_num == 30 and self.ranks.rank == 1:
+        if self.iter_num == 13 and self.ranks.rank == 1:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(self, micro)
@@ -107,11 +107,11 @@ def train_and_signal_rank_1(argv):
 @every_type
 def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type):
     """With dropout, that is with a random state for each rank; a signal to one rank alone stops both."""
-    overrides = HARD | dict(model_type=model_type, max_iters=50, eval_interval=20, eval_iters=1, n_layer=2)
+    overrides = HARD | dict(model_type=model_type, max_iters=22, eval_interval=10, eval_iters=1, n_layer=2)
     finish(fork_ranks(train_rank, command_line(out_dir='straight', **overrides)), tmp_path)
     said = finish(fork_ranks(train_and_signal_rank_1, command_line(out_dir='cut', **overrides)), tmp_path, code=143)
     cut = str(tmp_path / 'cut')
-    assert said.count('stopped by SIGTERM') == 1 and load(cut)['iter_num'] == 31
+    assert said.count('stopped by SIGTERM') == 1 and load(cut)['iter_num'] == 14
     states = load(cut)['random_states']
     assert len(states) == 2 and not torch.equal(states[0]['cpu'], states[1]['cpu'])
     finish(fork_ranks(train_rank, ['--init_from=resume', f'--out_dir={cut}']), tmp_path)
