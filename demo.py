@@ -67,7 +67,8 @@ def main(argv):
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         call('prepare.py', DATASET, f'--tokenizer={TOKENIZER}', f'--val_fraction={VAL_FRACTION}',
              f'--data_dir={config.data_dir}')
-    length = [f'--max_iters={config.max_iters}'] if config.max_iters else []
+    n = config.max_iters
+    length = [f'--max_iters={n}', f'--warmup_iters={n // 10}'] if n else []
     if config.model_type == 'drifting':
         encoder = f'{config.out_dir}-encoder'
         call('train.py', 'config/train_python.py', f'--out_dir={encoder}', f'--data_dir={config.data_dir}', *length)
