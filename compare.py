@@ -30,7 +30,7 @@ import checkpoint
 import evaluate
 from configurator import UserError, configure, one_of, option, read_config_file, run
 from data import derive_seed
-from machine import Ranks, pick_device
+from machine import Ranks, pick_device, pick_dtype
 from prepare import load_meta
 from train import TrainConfig
 from variants import EACH_TYPE, VARIANTS
@@ -157,8 +157,9 @@ def evaluate_run(config, folder):
     c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 10), length=config.length)
     how = evaluate.DrawConfig()
     device = pick_device(config.device)
+    dtype = pick_dtype('auto', device)
     entry = evaluate.load(c, folder, device)
-    found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, Ranks(device=device), 'float32'), 'quality': {}}
+    found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, Ranks(device=device), dtype), 'quality': {}}
     if config.samples:
         judge = evaluate.load(c, os.path.join(config.out_dir, 'runs', JUDGE), device)
         evaluate.refuse_judge(c, judge, [entry])
@@ -211,16 +212,21 @@ def picture(title, x, y, draw):
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
 
-def curve(run_, key, against):
-    """Points of a run's evaluations: tokens or seconds of training, and the value."""
-    per_iter, seconds, points, last = run_['tokens_per_iter'], 0.0, [], 0
-    for entry in run_['entries']:
+def with_seconds(entries, per_iter):
+    """Yields the entries of metrics.jsonl, each with the seconds of training before it."""
+    seconds, last = 0.0, 0
+    for entry in entries:
         if 'tokens_per_s' in entry:
             seconds += (entry['iter'] - last) * per_iter / entry['tokens_per_s']
             last = entry['iter']
-        if entry.get(key) is not None:
-            points.append((entry['iter'] * per_iter if against == 'tokens' else seconds, entry[key]))
-    return points
+        yield entry, seconds
+
+
+def curve(run_, key, against):
+    """Points of a run's evaluations: tokens or seconds of training, and the value."""
+    per_iter = run_['tokens_per_iter']
+    return [(entry['iter'] * per_iter if against == 'tokens' else seconds, entry[key])
+            for entry, seconds in with_seconds(run_['entries'], per_iter) if entry.get(key) is not None]
 
 
 def draw_curves(axes, variants, key, against):
@@ -284,16 +290,6 @@ def write_report(config, variants, commands, seconds):
     return path, rows
 
 
-def training_seconds(entries, per_iter):
-    """Seconds of training that metrics.jsonl knows of."""
-    found, last = 0.0, 0
-    for entry in entries:
-        if 'tokens_per_s' in entry:
-            found += (entry['iter'] - last) * per_iter / entry['tokens_per_s']
-            last = entry['iter']
-    return found
-
-
 def collect(config, folder):
     """What the report needs of one run."""
     entries = read_lines(folder)
@@ -301,8 +297,9 @@ def collect(config, folder):
         c = json.load(f)
     per_iter = c['batch_size'] * c['gradient_accumulation_steps'] * c['block_size']
     speeds = [entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry]
+    *_, (_, seconds) = with_seconds(entries, per_iter)
     return {'entries': entries, 'tokens_per_iter': per_iter, 'speed': statistics.median(speeds) if speeds else None,
-            'seconds': training_seconds(entries, per_iter), 'evaluation': evaluate_run(config, folder)}
+            'seconds': seconds, 'evaluation': evaluate_run(config, folder)}
 
 
 def main(argv):

@@ -117,7 +117,7 @@ def export(state, folder):
         write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot))
         weights = gpt2_weights(weights, c)
     else:
-        facts = {key: state[key] for key in checkpoint.EXPORTED_KEYS}
+        facts = {key: state.get(key) for key in checkpoint.EXPORTED_KEYS}  # runs of before have no encoder
         write_json(folder, 'config.json', {'model_type': checkpoint.EXPORTED} | facts)
         weights = {name: tensor.contiguous().clone() for name, tensor in weights.items() if name != 'lm_head.weight'}
     save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})

@@ -85,6 +85,8 @@ def first_canvas(config, tokenizer, model_config):
     mask, most = model_config.vocab_size, model_config.block_size
     if config.template:
         ids = parse_template(read_prompt(config.template), tokenizer.encode, mask, most)
+        if len(ids) > most:
+            raise UserError(f'the {len(ids)} tokens of the template do not fit block_size={most} of the model: shorten it')
     else:
         given = tokenizer.encode(read_prompt(config.start))
         count = config.max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
@@ -92,8 +94,6 @@ def first_canvas(config, tokenizer, model_config):
             raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit block_size={most} of the '
                             'model: lower --max_new_tokens or shorten the prompt')
         ids = given + [mask] * count
-    if len(ids) > most:
-        raise UserError(f'the {len(ids)} tokens of the template do not fit block_size={most} of the model: shorten it')
     return torch.tensor(ids)
 
 
@@ -195,6 +195,7 @@ def write(path, data):
 
 def main(argv):
     config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
+    # mps has no float64, which tokens are drawn in
     device = pick_device('cpu' if config.device == 'auto' and not torch.cuda.is_available() else config.device)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
     state = checkpoint.open_run(config.out_dir, config.ckpt)
