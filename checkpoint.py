@@ -142,8 +142,12 @@ def open_run(name, which='best'):
 
 
 def load_model(checkpoint, device='cpu'):
-    """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any."""
-    model = GPT(model_config(checkpoint['model_args']))
+    """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any. What token drift
+    trained needs no encoder any more."""
+    args = checkpoint['model_args']
+    if args.get('diffusion_objective') == 'drift':
+        args = args | {'diffusion_objective': 'nelbo', 'encoder': '', 'drift_weight': GPTConfig.drift_weight}
+    model = GPT(model_config(args))
     if checkpoint.get('foreign'):
         start_from(model, checkpoint['model'])
     else:
@@ -178,7 +182,7 @@ def fingerprint(weights):
 
 
 def refuse_encoder(model, state):
-    """Raises UserError where the encoder that a drifting model finds is not the one that it was trained with."""
+    """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
     if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
         raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: its weights have changed '
                         'since; put the former ones there')

@@ -117,11 +117,11 @@ def features(encoder, embeddings, places):
 @dataclass
 class Field:
     """What one micro-batch is trained against: for each feature set the targets (S, B, C) and the scale; at which places
-    states are features; the ids (B, prefix) that generated text starts with."""
+    states are features; ids: those (B, prefix) that generated text starts with, for token drift the real text (B, T)."""
     targets: dict
     scales: dict
     places: torch.Tensor
-    prefix: torch.Tensor
+    ids: torch.Tensor
 
 
 def residual(found, field):
@@ -147,27 +147,47 @@ def numbers(own, start, rng, *, extra):
     return [*own, *(low + torch.randint(high - low, (extra,), generator=rng)).tolist()]
 
 
-@torch.no_grad()
-def couple(model, batches, ranks, rng):
-    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
-    `rng` is the same on all ranks."""
-    T, c = batches[0][0].size(1), model.config
-    places = torch.randperm(T, generator=rng)[:PLACES].sort().values
-    length = int(torch.randint(c.drift_prefix + 1, (), generator=rng))
-    mine, real = [], []
-    for noise, ids, style in batches:
-        prefix = ids[:len(noise), :length]
-        mine.append(features(model.encoder, model.generator_output(noise, style, prefix), places))
-        real.append(features(model.encoder, model.encoder.transformer.wte(ids), places))
-    fields = [Field({}, {}, places, ids[:len(noise), :length]) for noise, ids, _ in batches]
+def some_places(T, rng):
+    return torch.randperm(T, generator=rng)[:PLACES].sort().values
+
+
+def take_field(mine, real, places, ids, ranks):
+    """A Field for each micro-batch of this rank: from the features of its samples, of real text, and its ids (lists over
+    micro-batches), over all of them and all ranks together."""
+    fields = [Field({}, {}, places, part) for part in ids]
     for name in mine[0]:
         x = ranks.concatenate(torch.cat([found[name] for found in mine], dim=1), dim=1)
         positive = ranks.concatenate(torch.cat([found[name] for found in real], dim=1), dim=1)
         targets, scale, _ = drift(x, positive)
-        parts = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(batches), dim=1)
+        parts = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(fields), dim=1)
         for field, part in zip(fields, parts):
             field.targets[name], field.scales[name] = part, scale
+    return fields
+
+
+@torch.no_grad()
+def couple(model, batches, ranks, rng):
+    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
+    `rng` is the same on all ranks."""
+    places = some_places(batches[0][0].size(1), rng)
+    length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
+    mine, real, prefixes = [], [], []
+    for noise, ids, style in batches:
+        prefixes.append(ids[:len(noise), :length])
+        mine.append(features(model.encoder, model.generator_output(noise, style, prefixes[-1]), places))
+        real.append(features(model.encoder, model.encoder.transformer.wte(ids), places))
+    fields = take_field(mine, real, places, prefixes, ranks)
     return [(noise, field, style) for (noise, _, style), field in zip(batches, fields)]
+
+
+@torch.no_grad()
+def couple_tokens(model, batches, ranks, rng):
+    """Token drift (arXiv 2605.19470): `couple` for corrupted ids, real ids and weights of the bound."""
+    places = some_places(batches[0][0].size(1), rng)
+    mine = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), places) for X, _, _ in batches]
+    real = [features(model.encoder, model.encoder.transformer.wte(Y), places) for _, Y, _ in batches]
+    fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks)
+    return [(X, field, W) for (X, _, W), field in zip(batches, fields)]
 
 
 def metrics(model, noise, ids, style):

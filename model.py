@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
-from drifting import STYLES, batch, features, residual
+from drifting import STYLES, Field, batch, features, residual
 from machine import exact, packed_linear
 from objectives import LOGITS_PER_CHUNK, OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
@@ -34,7 +34,8 @@ OPTIONS = {  # which options a model type has beyond those of all
     'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
-    'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct'),
+    'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight',
+                  'encoder'),
     'drifting': ('encoder', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
@@ -68,12 +69,14 @@ class GPTConfig:
     use_norm: bool = option(False, 'rotating: LayerNorm over the rates of a head')
     parallel_merge: str = option('mean', 'parallel: how two blocks become one', ('mean', 'add', 'concat'))
     duo_fill_weight: float = option(1.0, 'duo: weight of the fill-in loss; 0 trains exactly gpt2')
-    diffusion_objective: str = option('repair', 'diffusion: fill, keep and flag; or the bound on the likelihood alone',
-                                      ('repair', 'nelbo'))
+    diffusion_objective: str = option('repair', 'diffusion: fill, keep and flag; the bound on the likelihood alone; or the '
+                                      'bound and the field of drifting', ('repair', 'nelbo', 'drift'))
     positions: str = option('rotary', 'diffusion: what tells the places of tokens apart', ('rotary', 'learned', 'both'))
     penalty_keep_mask: float = option(0.25, 'diffusion, repair: weight of a masked token that is answered with [MASK]')
     penalty_mask_correct: float = option(0.5, 'diffusion, repair: weight of a right token that is answered with [MASK]')
-    encoder: str = option('', "drifting: folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose features text is compared")
+    drift_weight: float = option(1.0, 'diffusion, drift: weight of the field beside the bound')
+    encoder: str = option('', "drifting, diffusion with drift: folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose "
+                          'features text is compared')
     drift_output: str = option('embedding', 'drifting: an embedding for each position, or a mean of those there are',
                                ('embedding', 'soft'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
@@ -93,20 +96,12 @@ class GPTConfig:
         for name in ('n_inner', 'drift_prefix', 'drift_positives'):
             if getattr(self, name) < 0:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
-        if self.model_type == 'drifting':
-            if not self.encoder:
-                raise UserError('drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run '
-                                'on the same data, or hf:gpt2')
-            for name in ('n_inner', 'dropout'):
-                if getattr(self, name):
-                    raise UserError(f'{name}={getattr(self, name)} has no meaning for drifting: leave it at 0')
-            if self.drift_prefix >= self.block_size:
-                raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
+        self._check_drifting()
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1')
-        for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct'):
+        for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not 0 < self.heat_time() < math.inf:
@@ -121,6 +116,19 @@ class GPTConfig:
         if self.model_type == 'parallel' and self.n_layer % 2:
             raise UserError(f'parallel runs blocks in pairs: n_layer={self.n_layer} must be even')
 
+    def _check_drifting(self):
+        if self.has_encoder and not self.encoder:
+            raise UserError('drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run '
+                            'on the same data, or hf:gpt2')
+        if self.has_encoder and self.dropout:
+            raise UserError(f'dropout={self.dropout}: the field is taken where a first pass was; leave it at 0')
+        if self.model_type == 'drifting' and self.n_inner:
+            raise UserError(f'n_inner={self.n_inner} has no meaning for drifting: leave it at 0')
+        if self.drift_prefix >= self.block_size:
+            raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
+        if self.model_type == 'diffusion' and not self.has_encoder and (self.encoder or self.drift_weight != 1):
+            raise UserError(f'encoder and drift_weight are for --diffusion_objective=drift, not {self.diffusion_objective}')
+
     def heat_time(self):
         """The diffusion time t, unless it is adaptive."""
         if self.heat_t == 'depth':
@@ -133,6 +141,10 @@ class GPTConfig:
     @property
     def has_rotary(self):
         return self.model_type in ('rotating', 'drifting') or self.model_type == 'diffusion' and self.positions != 'learned'
+
+    @property
+    def has_encoder(self):
+        return self.model_type == 'drifting' or self.model_type == 'diffusion' and self.diffusion_objective == 'drift'
 
     @property
     def textless_ids(self):
@@ -593,8 +605,12 @@ class GPT(nn.Module):
         self.config = config
         self.objective = get_objective(config)
         self.gradient_checkpointing = False
+        if config.has_encoder:
+            self._attach_encoder(config)
         if config.model_type == 'drifting':
-            self._build_drifting(config)
+            self.generator = Generator(config)
+            self.apply(self._init_weights)
+            self.generator.start(self.encoder.transformer.wte.weight[:config.vocab_size])
             return
         padded = self.padded_vocab_size(config.vocab_size + config.textless_ids)
         self.transformer = nn.ModuleDict(dict(
@@ -623,20 +639,17 @@ class GPT(nn.Module):
         if isinstance(module, DiffusionTime):  # after its parts: apply goes from the inside out
             module.start()
 
-    def _build_drifting(self, config):
+    def _attach_encoder(self, config):
         """The encoder is frozen and someone else's: not among the parameters, not in the state dict."""
         from checkpoint import load_encoder
         encoder = load_encoder(config.encoder)
-        for name, mine in (('n_embd', config.n_embd), ('vocab_size', config.vocab_size)):
-            if getattr(encoder.config, name) != mine:
-                raise UserError(f'encoder={config.encoder} has {name}={getattr(encoder.config, name)}, not {mine}: the '
-                                'generator must have the same')
+        for name in ('n_embd', 'vocab_size') if config.model_type == 'drifting' else ('vocab_size',):
+            its, mine = getattr(encoder.config, name), getattr(config, name)
+            if its != mine:
+                raise UserError(f'encoder={config.encoder} has {name}={its}, not {mine}: it must have the same')
         if encoder.config.block_size < config.block_size:
             raise UserError(f'encoder={config.encoder} reads {encoder.config.block_size} tokens at most: lower --block_size')
         object.__setattr__(self, 'encoder', encoder.requires_grad_(False))
-        self.generator = Generator(config)
-        self.apply(self._init_weights)
-        self.generator.start(encoder.transformer.wte.weight[:config.vocab_size])
 
     def _apply(self, fn, recurse=True):
         if self.encoder is not None:
@@ -721,10 +734,9 @@ class GPT(nn.Module):
         With targets the logits are those of every position, (B, T, n_logits); return_logits=False leaves them None
         and is faster by far where the vocabulary is large. Without targets: logits of the last position, (B, 1,
         n_logits), or with diffusion of every one, and None. drifting takes noise (B, T, C), a drifting.Field and style
-        indices (B, 32), and has no logits."""
-        if self.config.model_type == 'drifting':
-            found = features(self.encoder, self.generator_output(idx, weights, targets.prefix), targets.places)
-            return None, residual(found, targets)
+        indices (B, 32), diffusion with drift ids, a drifting.Field and weights; then there are no logits."""
+        if isinstance(targets, Field):
+            return None, self._drifting_loss(idx, targets, weights)
         x = self.trunk(idx, fill=targets is not None and targets.size(1) > idx.size(1))
         if targets is None:
             return self.head(x if self.config.model_type == 'diffusion' else x[:, [-1]]), None
@@ -732,6 +744,22 @@ class GPT(nn.Module):
             logits = self.head(x)
             return logits, self.objective.loss(logits, targets, weights)
         return None, self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, targets, weights)
+
+    def _drifting_loss(self, idx, field, weights):
+        if self.config.model_type == 'drifting':
+            embeddings = self.generator_output(idx, weights, field.ids)
+            return residual(features(self.encoder, embeddings, field.places), field)
+        x = self.trunk(idx)
+        bound = self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, field.ids, weights)
+        found = features(self.encoder, self.soft_tokens(idx, x), field.places)
+        return bound + self.config.drift_weight * residual(found, field)
+
+    def soft_tokens(self, idx, x):
+        """diffusion with drift: ids (B, T) and their hidden states (B, T, C) -> embeddings of the encoder (B, T, C'), where
+        a token is masked the mean of those there are, weighted by what the model expects."""
+        table, masked = self.encoder.transformer.wte.weight[:self.config.vocab_size], idx == self.config.vocab_size
+        expected = self.head(x[masked])[:, :-1].float().softmax(-1).to(table.dtype) @ table
+        return table[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], expected.to(table.dtype))
 
     def states(self, x, depths):
         """Hidden states (B, T, C) after each of so many blocks, in rising order, of input embeddings x (B, T, C), which

@@ -412,10 +412,11 @@ def diffusion(config):
     mask = config.vocab_size
     count = partial(count_batch, mask=mask)
     common = dict(summary=diffusion_summary, window=lambda block_size: block_size, val_metric='nelbo')
-    if config.diffusion_objective == 'nelbo':
+    if config.diffusion_objective in ('nelbo', 'drift'):
+        couple = drifting.couple_tokens if config.diffusion_objective == 'drift' else None
         return Objective(make_batch=partial(nelbo_batch, mask=mask), head_loss=without_mask(linear_cross_entropy),
                          loss=without_mask(cross_entropy), metrics=partial(diffusion_metrics, repair=False),
-                         eval_batch=count, **common)
+                         eval_batch=count, couple=couple, **common)
     repair = partial(repair_batch, mask=mask, penalty_keep_mask=config.penalty_keep_mask,
                      penalty_mask_correct=config.penalty_mask_correct)
     return Objective(make_batch=repair, head_loss=partial(linear_cross_entropy, flag=mask),

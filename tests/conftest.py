@@ -30,13 +30,15 @@ import torch
 
 import prepare
 import train
-from model import GPTConfig
+from model import MODEL_TYPES, GPTConfig
 
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['train', 'conftest'])
 
 TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1, device='cpu',
             dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)
+
+WAYS = (*MODEL_TYPES, 'token drift')  # to train: an objective that couples the batch is a way of its own
 
 
 def pseudo_text(documents=40, seed=0):
@@ -72,11 +74,16 @@ def encoder(data_dir):
 
 @pytest.fixture
 def settings(tmp_path, data_dir, encoder):
-    """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path."""
+    """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path; a model_type may be
+    one of WAYS."""
     def make(out_dir='run', **overrides):
-        if overrides.get('model_type') == 'drifting':
-            overrides = {'encoder': encoder, 'drift_positives': 2, 'drift_prefix': 3} | overrides
+        more = {'drifting': {'encoder': encoder, 'drift_positives': 2, 'drift_prefix': 3},
+                'token drift': {'encoder': encoder, 'diffusion_objective': 'drift'}}.get(overrides.get('model_type'))
+        if more is not None:
+            overrides = more | overrides
             overrides.pop('dropout', None)
+        if overrides.get('model_type') == 'token drift':
+            overrides['model_type'] = 'diffusion'
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
     return make
 

@@ -787,6 +787,8 @@ def test_an_option_of_another_type_is_refused_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
              'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft'}
     needed = {'drifting': {'encoder': 'somewhere'}}
+    drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
+    together = {'encoder': drift, 'drift_weight': drift}
     defaults = {f.name: f.default for f in GPTConfig.__dataclass_fields__.values()}
     for name in {name for names in OPTIONS.values() for name in names}:
         default = defaults[name]
@@ -794,6 +796,7 @@ def test_an_option_of_another_type_is_refused_by_name():
         for model_type in MODEL_TYPES:
             given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
             if name in OPTIONS[model_type]:
+                given = (together.get(name, {}) if model_type == 'diffusion' else {}) | given
                 assert getattr(GPTConfig(**given), name) == value
             else:
                 with pytest.raises(UserError, match=f'{name} is an option of model_type .*, not of {model_type}'):

@@ -1,4 +1,5 @@
 """Drifting: the field against the formula and its known properties, the generator, the coupled batch, one-step samples."""
+import itertools
 import json
 import math
 
@@ -9,6 +10,7 @@ from conftest import TINY, resume
 
 import checkpoint
 import drifting
+import generate_diffusion
 import sample
 import train
 from configurator import UserError
@@ -27,6 +29,7 @@ from drifting import (
 )
 from machine import Ranks
 from model import GPT, Generator, GPTConfig
+from objectives import nelbo_batch
 from train import Trainer
 
 
@@ -401,6 +404,87 @@ def test_collapse_is_reported():
     assert drifting.summary(sums)['collapsed'] == 1
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['collapsed'] == 0
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['js_2'] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token drift
+
+def soft_model(encoder, **options):
+    torch.manual_seed(0)
+    sizes = dict(model_type='diffusion', diffusion_objective='drift', encoder=encoder, block_size=16, vocab_size=257,
+                 n_layer=2, n_head=2, n_embd=32)
+    return GPT(GPTConfig(**sizes | options))
+
+
+def corrupted(count=6):
+    rng = torch.Generator().manual_seed(5)
+    return nelbo_batch(torch.randint(200, (count, 16), generator=rng), rng, mask=257)
+
+
+def test_soft_tokens_are_means_of_embeddings_where_a_token_is_masked(encoder):
+    model, (X, _, _) = soft_model(encoder), corrupted()
+    found = model.soft_tokens(X, model.trunk(X))
+    table = model.encoder.transformer.wte.weight
+    logits, _ = model(X)
+    assert (X == 257).any() and (X != 257).any()
+    for b, t in itertools.product(*map(range, X.shape)):
+        wanted = logits[b, t, :257].softmax(-1) @ table[:257] if X[b, t] == 257 else table[X[b, t]]
+        assert torch.allclose(found[b, t], wanted, atol=1e-6)
+
+
+def test_token_drift_adds_the_field_to_the_bound(encoder):
+    model, other = soft_model(encoder, drift_weight=0.5), soft_model('', diffusion_objective='nelbo')
+    other.load_state_dict(model.state_dict())
+    X, Y, W = corrupted()
+    (X, field, W), = drifting.couple_tokens(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
+    found = features(model.encoder, model.soft_tokens(X, model.trunk(X)), field.places)
+    loss = model(X, field, W)[1]
+    bound = other(X, Y, W)[1]
+    assert loss.item() == pytest.approx(bound.item() + 0.5 * residual(found, field).item(), rel=1e-5)
+    model.config.drift_weight = 0.0
+    model(X, field, W)[1].backward()
+    bound.backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-5), name
+        p.grad = None
+    model.config.drift_weight = 0.5
+    model(X, field, W)[1].backward()
+    assert any(not torch.allclose(p.grad, q.grad, atol=1e-3) for p, q in zip(model.parameters(), other.parameters()))
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_token_drift_couples_micro_batches(encoder):
+    model, (X, Y, W) = soft_model(encoder), corrupted()
+    (_, whole, _), = drifting.couple_tokens(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
+    parts = [(X[:3], Y[:3], W[:3]), (X[3:], Y[3:], W[3:])]
+    halves = drifting.couple_tokens(model, parts, Ranks(), torch.Generator().manual_seed(3))
+    for name in whole.targets:
+        assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
+
+
+def test_token_drift_goes_on_from_a_diffusion_model_and_samples_without_the_encoder(tiny, encoder, tmp_path, capsys):
+    import shutil
+    mine = tmp_path / 'encoder'
+    shutil.copytree(encoder, mine)
+    config, model_config = tiny(out_dir='first', model_type='diffusion')
+    train.train(config, model_config)
+    drifted, model_config = tiny(model_type='token drift', encoder=str(mine), init_from=config.out_dir)
+    train.train(drifted, model_config)
+    state = checkpoint.load(checkpoint.find(drifted.out_dir))
+    made_from = {checkpoint.load(checkpoint.find(folder))['run_id'] for folder in (encoder, config.out_dir)}
+    assert set(state['parents']) == made_from
+    shutil.rmtree(mine)
+    generate_diffusion.main([f'--out_dir={drifted.out_dir}', '--max_new_tokens=12', '--device=cpu'])
+    assert 'forward passes' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(encoder=''), '--encoder'), (dict(dropout=0.1), 'dropout'), (dict(diffusion_objective='nelbo'), 'objective=drift'),
+    (dict(drift_weight=-1.0), 'drift_weight'), (dict(vocab_size=300), 'vocab_size'), (dict(block_size=64), 'block_size'),
+])
+def test_what_does_not_fit_token_drift_is_named(encoder, options, words):
+    with pytest.raises(UserError, match=words):
+        soft_model(**{'encoder': encoder} | options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
