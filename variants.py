@@ -23,4 +23,7 @@ VARIANTS = {
     'drifting': {'model_type': 'drifting'},
     'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
 }
-EACH_TYPE = ('gpt2', 'dd', 'heat', 'rotating lr', 'parallel mean', 'duo', 'diffusion', 'drifting')  # one for each type
+EACH_TYPE = []  # the first variant of each type
+for name, changes in VARIANTS.items():
+    if all(VARIANTS[other].get('model_type') != changes.get('model_type') for other in EACH_TYPE):
+        EACH_TYPE.append(name)

@@ -1,0 +1,59 @@
+"""The README's example of a new model type, applied to a copy of the repository: all else picks it up by itself."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, pseudo_text
+
+import prepare
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    """A copy of the repository with the README's lines applied."""
+    folder = tmp_path_factory.mktemp('extended')
+    names = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in names:
+        if os.path.exists(os.path.join(ROOT, name)):
+            os.makedirs(folder / os.path.dirname(name), exist_ok=True)
+            shutil.copy(os.path.join(ROOT, name), folder / name)
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        change, = re.findall('```diff\n(.*?)```', f.read(), re.S)
+    assert len(re.findall('^[+](?![+])', change, re.M)) < 60
+    subprocess.run(['git', 'apply', '--unsafe-paths', '-'], cwd=folder, input=change, text=True, check=True,
+                   env=os.environ | {'GIT_DIR': '/nonexistent'})
+    (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
+    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=byte', '--num_proc=1', f'--data_dir={folder}'])
+    return folder
+
+
+def do(copy, *words):
+    """Runs python in the copy; returns what it says."""
+    env = os.environ | {'PYTHONPATH': os.path.join(ROOT, 'tests', 'offline')}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=copy, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_tests_take_the_new_type_up(copy):
+    kinds = 'local and (causal or later or cache or config or resume_exactly or gradients_of_two_ranks)'
+    said = do(copy, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', '-k', kinds, *(f'tests/test_{name}.py' for name in (
+        'attention', 'configs', 'train', 'ddp')))
+    assert int(re.search(r'(\d+) passed', said)[1]) >= 10 and 'failed' not in said
+
+
+def test_the_commands_take_the_new_type_up(copy):
+    (copy / 'recipe.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in TINY.items() if key != 'max_iters'))
+    do(copy, 'compare.py', '--recipe=recipe.py', '--dataset=text_byte', f'--data_dir={copy}', '--device=cpu', '--tokens=512',
+       '--variants=gpt2,local', '--seeds=1', '--samples=20', '--length=16')
+    rows = json.loads((copy / 'report' / 'results.json').read_text())['rows']
+    assert [row['variant'] for row in rows] == ['gpt2', 'local']
+    do(copy, 'export.py', '--out_dir=report/runs/local_seed1', '--to=exported')
+    assert do(copy, 'sample.py', '--init_from=hf:exported', '--device=cpu', '--max_new_tokens=10', '--num_samples=1')
+    said = do(copy, 'bench.py', '--part=types', '--variants=gpt2,local', '--n_layer=2', '--n_head=2', '--n_embd=16',
+              '--block_size=16', '--vocab_size=64', '--batch_size=2', '--rounds=1', '--compile=False')
+    assert 'local' in said
