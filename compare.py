@@ -23,7 +23,6 @@ import time
 from dataclasses import dataclass
 
 import jinja2
-import matplotlib
 import torch
 
 import checkpoint
@@ -31,12 +30,10 @@ import evaluate
 from configurator import UserError, configure, one_of, option, read_config_file, run
 from data import derive_seed
 from machine import Ranks, pick_device, pick_dtype
+from plot_results import plt, reliability
 from prepare import load_meta
 from train import TrainConfig
 from variants import EACH_TYPE, VARIANTS
-
-matplotlib.use('Agg')  # files only: no window
-import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 beside the compared ones
@@ -238,14 +235,6 @@ def draw_curves(axes, variants, key, against):
                           marker='.', label=None if i else name)
 
 
-def draw_reliability(axes, variants):
-    axes.plot([0, 1], [0, 1], color='gray', linestyle='--')
-    for number, (name, runs) in enumerate(variants.items()):
-        bins = [b[1:] for b in runs[0]['evaluation']['likelihood'].get('bins', []) if b[0]]
-        if bins:
-            axes.plot(*zip(*bins), color=f'C{number % 10}', marker='.', linewidth=1, label=name)
-
-
 def draw_scatter(axes, rows):
     for number, row in enumerate(rows):
         if row['tokens_per_s'] and row['classifier']:
@@ -261,8 +250,9 @@ def pictures(variants, rows):
         for against in ('tokens', 'seconds'):
             found.append(picture(title, f'{against} of training', y,
                                  lambda axes, key=key, against=against: draw_curves(axes, likely, key, against)))
-    found.append(picture('Reliability of the first seed', 'confidence', 'accuracy',
-                         lambda axes: draw_reliability(axes, variants)))
+    first = {name: runs[0]['evaluation']['likelihood'] for name, runs in variants.items()}
+    bins = {name: (its['bins'], its['ece']) for name, its in first.items() if 'bins' in its}
+    found.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
     if any(row['classifier'] for row in rows):
         found.append(picture('Speed and quality of sampling', 'tokens per second',
                              'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))

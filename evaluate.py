@@ -48,6 +48,7 @@ class EvalConfig:
     data: str = option('', "folder of a prepared data set whose validation text is used; empty is each run's own")
     windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all')
     stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all')
+    figure: str = option('', 'PNG file for a reliability diagram: accuracy against confidence')
     draws: int = option(1, 'diffusion: how often each window is masked anew')
     batch_size: int = option(0, "windows at once, on which the masks of diffusion depend; 0 takes the run's own")
     judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
@@ -63,6 +64,8 @@ class EvalConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
+            raise UserError(f'figure={self.figure}: there is no such folder')
 
 
 @dataclass
@@ -310,6 +313,7 @@ def evaluate(config, how, ranks):
     ranks.gather(None)  # the others wait
     if ranks.first:
         tell(config, entries, found, samples)
+        draw_reliability(config, found)
     return found, samples
 
 
@@ -339,6 +343,13 @@ def tell(config, entries, found, samples):
         for name, row in samples.items():
             if row['distinct_2'] < samples['real text']['distinct_2'] / 2:
                 console.print(f'{name} has collapsed: fewer than half of the distinct 2-grams of real text')
+
+
+def draw_reliability(config, found):
+    bins = {name: (its['bins'], its['ece']) for name, its in found.items() if 'bins' in its}
+    if config.figure and bins:
+        from plot_results import figure, reliability
+        figure(config.figure, 'Reliability', 'confidence', 'accuracy', lambda axes: reliability(axes, bins))
 
 
 def main(argv):

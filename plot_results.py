@@ -87,11 +87,12 @@ def trade_off(axes, runs):
     axes.set_xscale('log')
 
 
-def reliability(axes, runs):
+def reliability(axes, named):
+    """named: {name: (bins, ECE)}, bins as `calibration.calibration` gives them."""
     axes.plot([0, 1], [0, 1], color='gray', linestyle='--', label='calibrated')
-    for r in runs:
-        bins = [(confidence, accuracy) for n, confidence, accuracy in r.last('val_bins') if n]
-        axes.plot(*zip(*bins), marker='o', markersize=3, label=f'{r.name} (ECE {r.last("val_ece"):.3f})')
+    for number, (name, (bins, ece)) in enumerate(named.items()):
+        points = [(confidence, accuracy) for n, confidence, accuracy in bins if n]
+        axes.plot(*zip(*points), color=f'C{number % 10}', marker='o', markersize=3, label=f'{name} (ECE {ece:.3f})')
 
 
 def against_depth(axes, runs):
@@ -139,7 +140,7 @@ def main(argv):
     figure(path('trade_off'), 'Perplexity and calibration, one point per evaluation', 'perplexity', 'ECE, 15 bins',
            lambda axes: trade_off(axes, runs))
     figure(path('reliability'), 'Reliability at the end of training', 'confidence', 'accuracy',
-           lambda axes: reliability(axes, runs))
+           lambda axes: reliability(axes, {r.name: (r.last('val_bins'), r.last('val_ece')) for r in runs}))
     if len({r.config['n_layer'] for r in runs}) > 1:
         figure(path('depth'), 'Calibration against depth', 'layers', 'ECE, 15 bins', lambda axes: against_depth(axes, runs))
     figure(path('time_law'), 'Diffusion time against depth', 'layers', 't', lambda axes: time_law(axes, runs))

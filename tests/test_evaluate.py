@@ -53,6 +53,13 @@ def go(runs, capsys):
     return start
 
 
+def test_a_reliability_figure(go, tmp_path):
+    out, found = go('gpt2,repair', f'--figure={tmp_path}/reliability.png')
+    assert (tmp_path / 'reliability.png').read_bytes().startswith(b'\x89PNG') and 'reliability.png' in out
+    with pytest.raises(UserError, match='no such folder'):
+        go('gpt2', '--figure=/nowhere/at/all.png')
+
+
 def last_validation(folder):
     with open(f'{folder}/metrics.jsonl') as f:
         entries = [json.loads(line) for line in f if 'val_loss' in line]
