@@ -125,7 +125,8 @@ def model_config(model_args):
 
 def open_run(name, which='best'):
     """The checkpoint of a run's folder, or what 'hf:NAME_OR_FOLDER' holds in the same form: GPT-2 as Hugging Face keeps it,
-    or any type as export.py wrote it. There `tokenizer` may be None: unknown; `foreign`: its names are to be checked."""
+    or any type as export.py wrote it. There `tokenizer` may be None: unknown; `foreign`: what it calls itself,
+    its names are to be checked."""
     if not name.startswith('hf:'):
         return load(find(name, which))
     folder = name.removeprefix('hf:')
@@ -138,17 +139,20 @@ def open_run(name, which='best'):
     gpt2 = tokenizer_from_spec('gpt2')
     meta = gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None
     return {'model_args': model_args, 'model': weights, 'tokenizer': meta, 'run_id': f'hf:{fingerprint(weights)}',
-            'parents': [], 'config': {}, 'iter_num': 0, 'foreign': True}  # by any name it is the same
+            'parents': [], 'config': {}, 'iter_num': 0, 'foreign': config['model_type']}  # by any name it is the same
 
 
 def load_model(checkpoint, device='cpu'):
     """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any. What token drift
     trained needs no encoder any more."""
-    args = checkpoint['model_args']
+    args, foreign = checkpoint['model_args'], checkpoint.get('foreign')
+    if foreign not in (None, 'gpt2'):
+        raise UserError(f"{foreign} weights do not say their type's options: take them into a run first, train.py "
+                        '--init_from=hf:FOLDER --model_type=... --published=True')
     if args.get('diffusion_objective') == 'drift':
         args = args | {'diffusion_objective': 'nelbo', 'encoder': '', 'drift_weight': GPTConfig.drift_weight}
     model = GPT(model_config(args))
-    if checkpoint.get('foreign'):
+    if foreign:
         start_from(model, checkpoint['model'])
     else:
         model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
@@ -292,7 +296,7 @@ def load_hf(name):
 
     Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
     config = _hf_config(name)
-    if config.get('model_type') != 'gpt2':
+    if not str(config.get('model_type')).endswith('gpt2'):  # dd-gpt2, say: published weights of these types
         raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
     changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]
     if changed:

@@ -1,4 +1,6 @@
 """Weights of one model type in another: plain GPT-2 anywhere, and the layouts of the published checkpoints."""
+import json
+
 import pytest
 import torch
 from conftest import TINY
@@ -95,6 +97,16 @@ def test_published_layouts_load_whole(tmp_path, start, vocab_size, name):
     own = trainer.model.state_dict()
     for key, tensor in extra.items():
         assert torch.equal(own[key], tensor), key
+
+
+def test_published_weights_come_in_by_their_own_name_and_only_into_a_run(tmp_path, start, vocab_size):
+    changes, shapes = PUBLISHED['all of dd']
+    folder = hf_folder(tmp_path, vocab_size, published_extra(shapes))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'model_type': 'dd-gpt2'}))
+    assert 'starting fresh: nothing' in start(folder, **changes)[1]
+    with pytest.raises(UserError, match='dd-gpt2.*--model_type'):
+        checkpoint.load_model(checkpoint.open_run(f'hf:{folder}'))
 
 
 def test_the_shared_bottleneck_of_parallel_concat_loads(tmp_path, start, vocab_size):
