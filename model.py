@@ -40,6 +40,7 @@ OPTIONS = {  # which options a model type has beyond those of all
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
+LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
 
@@ -379,7 +380,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.looks_around = config.model_type == 'diffusion' and config.has_rotary and layer == 0
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or self.looks_around)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
         if config.model_type == 'dd':
@@ -388,6 +390,21 @@ class CausalSelfAttention(nn.Module):
             self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
         elif config.has_rotary:
             self.rope = RotaryEmbedding(config)
+
+    @torch.no_grad()
+    def look_around(self):
+        """diffusion: half of the heads of the first block start out looking one place back, one ahead, two back, and so on,
+        by biases of q and k, which rotary positions turn into a preference for a distance.
+
+        All that a [MASK] knows is its place. From heads that look everywhere alike, training takes thousands of steps to
+        find the neighbours, and until then it learns no more than how often each token occurs (LOG.md)."""
+        D = self.c_attn.in_features // self.n_head
+        bias = self.c_attn.bias.view(3, self.n_head, D // 2, 2)
+        for head, rates in enumerate(self.rope.frequencies[:self.n_head // 2]):
+            distance = (1 + head // 2) * (1 if head % 2 else -1)
+            near = LOOK_AROUND * (rates > 0.05)  # slower pairs tell no neighbours apart
+            bias[0, head] = torch.stack((near, 0 * near), dim=-1)
+            bias[1, head] = torch.stack((near * (distance * rates).cos(), -near * (distance * rates).sin()), dim=-1)
 
     def forward(self, x, cache=None, ahead=None):
         """x (B, T, C) -> (B, T, C). `ahead` is for duo: see `_masks`."""
@@ -638,6 +655,8 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, DiffusionTime):  # after its parts: apply goes from the inside out
             module.start()
+        if isinstance(module, CausalSelfAttention) and module.looks_around:
+            module.look_around()
 
     def _attach_encoder(self, config):
         """The encoder is frozen and someone else's: not among the parameters, not in the state dict."""

@@ -280,6 +280,47 @@ def test_every_position_sees_every_other(positions, training):
     assert ('wpe' in model.transformer) == (positions != 'rotary')
 
 
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n_embd', [64, 256])
+def test_heads_start_out_looking_at_their_neighbours(n_embd, bias):
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=4, n_embd=n_embd, block_size=32, vocab_size=V)
+    model = GPT(GPTConfig(model_type='diffusion', bias=bias, **sizes))
+    x = model.transformer.wte(torch.full((1, 32), MASK))
+    weights = []
+    for block in model.transformer.h:
+        q, k, _ = block.attn.c_attn(block.ln_1(x)).view(1, 32, 3, 4, n_embd // 4).permute(2, 0, 3, 1, 4)
+        q, k = block.attn.rope(q, k, 0)
+        weights.append((q @ k.mT / math.sqrt(n_embd // 4)).softmax(-1)[0, :, 16])  # of place 16, (H, T)
+    assert (weights[0][:2].argmax(-1) - 16).tolist() == [-1, 1] and weights[0][:2].max(-1).values.min() > 0.8
+    assert max(weights[0][2:].max(), weights[1].max()) < 2 / 32  # the others look everywhere
+
+
+def test_what_follows_from_a_neighbour_is_soon_learned():
+    """Each token follows from the one before. Heads that start out looking everywhere alike stay at what is frequent."""
+    losses = {}
+    for around in (True, False):
+        rng = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=16)
+        model = GPT(GPTConfig(model_type='diffusion', diffusion_objective='nelbo', **sizes))
+        if not around:
+            torch.nn.init.zeros_(model.transformer.h[0].attn.c_attn.bias)
+        optimizer, following, recent = torch.optim.AdamW(model.parameters(), lr=5e-3), torch.randperm(16, generator=rng), []
+        for _ in range(100):
+            columns = [torch.randint(16, (32,), generator=rng)]
+            while len(columns) < 24:
+                columns.append(following[columns[-1]])
+            X, Y, W = model.objective.make_batch(torch.stack(columns, dim=1), rng)
+            loss = model(X, Y, W, return_logits=False)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recent.append(loss.item())
+        losses[around] = sum(recent[-25:]) / 25
+    assert losses[True] < 0.8 and losses[False] > 1.2
+
+
 @pytest.mark.parametrize('positions', ['rotary', 'learned', 'both'])
 def test_places_can_be_told_apart(positions):
     model = make(positions=positions)
