@@ -36,6 +36,10 @@ class CalibrationConfig:
     batch_size: int = option(8, 'windows at once')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
 
+    def __post_init__(self):
+        if self.windows < 0 or self.batch_size < 1:
+            raise UserError(f'windows={self.windows} must be at least 0, batch_size={self.batch_size} at least 1')
+
 
 @torch.no_grad()
 def calibration_sums(logits, targets):

@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_spec
 
 # What a Hugging Face GPT-2 may say of itself and still be the GPT-2 of model.py.
+PUBLISHED_TYPES = {'dd-gpt2': 'dd', 'parallel-gpt2': 'parallel', 'duo-predict-gpt2': 'duo', 'rotating-head-gpt2': 'rotating'}
 HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
             'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
@@ -268,27 +269,43 @@ def _hf_file(name, filename):
 
 def _hf_tensors(name):
     """The state dict of a Hugging Face folder or repository, from safetensors (one file or sharded) or from a .bin."""
-    from safetensors.torch import load_file
     path = _hf_file(name, 'model.safetensors')
     if path:
-        return load_file(path)
+        return _safetensors(path)
     index = _hf_file(name, 'model.safetensors.index.json')
     if index:
-        with open(index, encoding='utf-8') as f:
-            shards = sorted(set(json.load(f)['weight_map'].values()))
-        return {k: v for shard in shards for k, v in load_file(_hf_file(name, shard)).items()}
+        shards = sorted(set(_json(index).get('weight_map', {}).values()))
+        return {k: v for shard in shards for k, v in _safetensors(_hf_file(name, shard) or shard).items()}
     path = _hf_file(name, 'pytorch_model.bin')
     if path:
         return _read(path)
     raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
 
 
+def _safetensors(path):
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise UserError(f'{path} is not readable: {e}') from None
+
+
+def _json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} is not readable: {e}') from None
+    if not isinstance(found, dict):
+        raise UserError(f'{path} does not hold the settings of a model')
+    return found
+
+
 def _hf_config(name):
     path = _hf_file(name, 'config.json')
     if not path:
         raise UserError(f'hf:{name} holds no config.json')
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
+    return _json(path)
 
 
 def load_hf(name):
@@ -296,22 +313,35 @@ def load_hf(name):
 
     Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
     config = _hf_config(name)
-    if not str(config.get('model_type')).endswith('gpt2'):  # dd-gpt2, say: published weights of these types
-        raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; only 'gpt2' can be loaded")
+    if config.get('model_type') not in ('gpt2', *PUBLISHED_TYPES):
+        raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; 'gpt2' can be loaded, and "
+                        f'{", ".join(PUBLISHED_TYPES)}')
+    missing = [key for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if key not in config]
+    if missing:
+        raise UserError(f'hf:{name}: its config.json lacks {", ".join(missing)}')
     changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]
     if changed:
         raise UserError(f'hf:{name} changes GPT-2 itself ({", ".join(changed)}); plain GPT-2 can be loaded')
     model_args = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'],
                       n_head=config['n_head'], n_embd=config['n_embd'], n_inner=config.get('n_inner') or 0, bias=True)
     weights = {}
-    for key, tensor in _hf_tensors(name).items():
+    tensors = _hf_tensors(name)
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f'hf:{name}: {key} in its weights is no tensor')
         key = 'transformer.' + key.removeprefix('transformer.')
         if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
             continue  # the causal mask, and the tied head
         if key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')):
             tensor = tensor.t()
         weights[key] = tensor.float()
-    table = weights['transformer.wte.weight']
+    table = weights.get(TABLE)
+    if table is None or len(table) != config['vocab_size']:
+        raise UserError(f"hf:{name}: vocab_size={config['vocab_size']} in its config.json, but "
+                        f"{'no' if table is None else len(table)} rows of {TABLE}")
+    head = tensors.get('lm_head.weight')
+    if head is not None and not torch.equal(head.float(), table):
+        raise UserError(f'hf:{name}: lm_head.weight is not {TABLE}; here the two are one')
     padded = GPT.padded_vocab_size(len(table))
     weights['transformer.wte.weight'] = torch.cat((table, table.new_zeros(padded - len(table), table.size(1))))
     weights['lm_head.weight'] = weights['transformer.wte.weight']

@@ -20,9 +20,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message says how. Scripts print it as one line and exit with 2."""
 
 
-def option(default, help, choices=None):
-    """A dataclass field that is also a command-line key, with its one-line meaning and, maybe, its allowed values."""
-    return field(default=default, metadata={'help': help, 'choices': choices})
+def option(default, help, choices=None, numeric=False):
+    """A dataclass field that is also a command-line key, with its one-line meaning and, maybe, its allowed values; `numeric`
+    text may be given as a number."""
+    return field(default=default, metadata={'help': help, 'choices': choices, 'numeric': numeric})
 
 
 def one_of(name, value, choices):
@@ -32,10 +33,11 @@ def one_of(name, value, choices):
     return value
 
 
-def parse(name, value, kind, choices=None):
+def parse(name, value, kind, choices=None, numeric=False):
     """Turns `value` (a string from the command line, or a value from a config file) into the type `kind`.
 
-    An int is accepted where a float is asked for, '1e4' where an int is; 'true/false/1/0' for a bool."""
+    An int is accepted where a float is asked for, '1e4' where an int is; 'true/false/1/0' for a bool; where `numeric`,
+    a number for text."""
     try:
         if kind is bool:
             value = {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
@@ -49,6 +51,8 @@ def parse(name, value, kind, choices=None):
             if isinstance(value, bool):
                 raise ValueError
             value = float(value)
+        elif numeric and type(value) in (int, float):
+            value = str(value)
         elif not isinstance(value, str):
             raise ValueError
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -115,7 +119,8 @@ def read_values(argv, *classes, description=None, positional=('config', 'config 
                 raise unknown_key(key, known, path)
             values[key] = value
     values.update(given)
-    return {key: parse(key, value, known[key].type, known[key].metadata.get('choices'))
+    rules = {key: known[key].metadata for key in values}
+    return {key: parse(key, value, known[key].type, rules[key].get('choices'), rules[key].get('numeric', False))
             for key, value in values.items()}, words
 
 

@@ -39,6 +39,7 @@ OPTIONS = {  # which options a model type has beyond those of all
     'drifting': ('encoder', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
+LEAST_HEAT_TIME = 1e-6  # below, the scores of float32 overflow
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
@@ -57,13 +58,14 @@ class GPTConfig:
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data')
     bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster')
     # options of one type
-    published: bool = option(False, 'dd, heat, duo: the form as published, flaws included')
+    published: bool = option(False, 'dd, adaptive heat, duo: as published, its look into the future included')
     apply_drift: bool = option(True, 'dd: y + d * y on the output y of attention, d learned')
     apply_diffusion: bool = option(True, 'dd: Gaussian noise on the output of attention, in training')
     baseline_each_head: bool = option(True, 'dd: a drift d for each head, or one per layer; published: a baseline or none')
     diffusion_std: float = option(0.1, 'dd: standard deviation of the noise; published: where it starts')
     heat_form: str = option('dot', 'heat: softmax of q.k / 2t, or of -|q-k|^2 / 4t', ('dot', 'distance'))
-    heat_t: str = option('depth', "heat: diffusion time, a number; 'depth': 0.28 * sqrt(4 / n_layer); 'adaptive': learned")
+    heat_t: str = option('depth', "heat: diffusion time, a number; 'depth': 0.28 * sqrt(4 / n_layer); 'adaptive': learned",
+                         numeric=True)
     heat_t_min: float = option(0.1, 'heat: shortest adaptive time')
     heat_t_max: float = option(10.0, 'heat: longest adaptive time')
     rotating_head: str = option('lr', 'rotating: learned rates, or fixed ones in a geometric progression', ('lr', 'gp'))
@@ -105,8 +107,9 @@ class GPTConfig:
         for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
-        if self.heat_t not in ('depth', 'adaptive') and not 0 < self.heat_time() < math.inf:
-            raise UserError(f'heat_t={self.heat_t} must be above 0, and finite')
+        if self.heat_t not in ('depth', 'adaptive') and not LEAST_HEAT_TIME <= self.heat_time() < math.inf:
+            raise UserError(f'heat_t={self.heat_t} must be at least {LEAST_HEAT_TIME}, and finite')
+        self._refuse_idle_options()
         if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
             raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
         head = self.n_embd // self.n_head
@@ -116,6 +119,16 @@ class GPTConfig:
             raise UserError(f'duo looks one token ahead: block_size={self.block_size} must be at least 2')
         if self.model_type == 'parallel' and self.n_layer % 2:
             raise UserError(f'parallel runs blocks in pairs: n_layer={self.n_layer} must be even')
+
+    def _refuse_idle_options(self):
+        """Raises UserError on an option that another one leaves without effect."""
+        fixed = self.model_type == 'heat' and self.heat_t != 'adaptive'
+        for name, idle, needed in (('heat_t_min', fixed, 'heat_t=adaptive'), ('heat_t_max', fixed, 'heat_t=adaptive'),
+                                   ('published', fixed, 'heat_t=adaptive'),
+                                   ('published', self.model_type == 'duo' and not self.duo_fill_weight, 'a duo_fill_weight'),
+                                   ('diffusion_std', not self.apply_diffusion, 'apply_diffusion=True')):
+            if idle and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f'{name}={getattr(self, name)} has no effect without {needed}')
 
     def _check_drifting(self):
         if self.has_encoder and not self.encoder:
@@ -348,6 +361,12 @@ class RotaryEmbedding(nn.Module):
         self.layer_norm = nn.LayerNorm(D // 2) if config.use_norm else None
         fixed = not config.use_norm and not isinstance(self.frequencies, nn.Parameter)
         self.register_buffer('table', self.angles(0, config.block_size) if fixed else None, persistent=False)
+        self.register_load_state_dict_post_hook(RotaryEmbedding._retable)
+
+    def _retable(self, keys):
+        """Rates that came out of a checkpoint may be others."""
+        if self.table is not None:
+            self.table = self.angles(0, self.table.size(1))
 
     def angles(self, start, end):
         """Cosines and sines for these positions, (H, T, D/2, 2)."""

@@ -54,15 +54,25 @@ def next_token_batch(tokens, rng, part=(0, 1)):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None
 
 
+def parts_of(tokens, ids):
+    """Which of tokens (B, T) are part of this sequence of ids, also where the window cuts it, -> bool (B, T)."""
+    n, (B, T) = len(ids), tokens.shape
+    edge = torch.full((B, n - 1), IGNORE, device=tokens.device)
+    wide, ids = torch.cat((edge, tokens, edge), dim=1), torch.tensor(ids, device=tokens.device)
+    windows = wide.unfold(1, n, 1)  # (B, T+n-1, n)
+    inside = windows != IGNORE
+    found = ((windows == ids) | ~inside).all(-1) & (inside.sum(-1) > min(1, n - 1))  # one token alone tells nothing
+    hits = torch.zeros(wide.shape, dtype=torch.bool, device=tokens.device)
+    for i in range(n):
+        hits[:, i:i + found.size(1)] |= found
+    return hits[:, n - 1:n - 1 + T]
+
+
 def ignoring(make_batch, ids):
-    """`make_batch` with the targets that are part of this sequence of ids left out."""
+    """`make_batch`, whose targets (B, T) are the last T tokens, without those that are part of this sequence of ids."""
     def batch(tokens, rng, part=(0, 1)):
         X, Y, W = make_batch(tokens, rng, part)
-        n, hits = len(ids), torch.zeros(Y.shape, dtype=torch.bool)
-        found = (Y.unfold(1, n, 1) == torch.tensor(ids)).all(-1)  # where the sequence starts, (B, T-n+1)
-        for i in range(n):
-            hits[:, i:i + found.size(1)] |= found
-        return X, Y.masked_fill(hits, IGNORE), W
+        return X, Y.masked_fill(parts_of(tokens, ids)[:, -Y.size(1):], IGNORE), W
     return batch
 
 

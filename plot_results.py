@@ -29,20 +29,25 @@ class PlotConfig:
 
 
 class Run:
-    """The evaluations of one run: lists by name, and its settings."""
+    """The evaluations of one run: lists by name, and its settings, if there are any beside its metrics.jsonl."""
 
-    def __init__(self, folder):
-        self.name = os.path.basename(os.path.normpath(folder))
+    def __init__(self, path):
+        folder = os.path.dirname(os.path.abspath(path)) if os.path.isfile(path) else path
+        self.name, self.config = os.path.basename(os.path.normpath(folder)), {}
         try:
-            with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as f:
+            with open(path if os.path.isfile(path) else os.path.join(path, 'metrics.jsonl'), encoding='utf-8') as f:
                 entries = [json.loads(line) for line in f]
-            with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-                self.config = json.load(f)
-        except (OSError, json.JSONDecodeError) as e:
-            raise UserError(f'{folder} is not the folder of a run: {e}') from None
-        self.evaluations = [entry for entry in entries if entry.get('val_loss') is not None]
+            if os.path.exists(os.path.join(folder, 'config.json')):
+                with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+                    self.config = json.load(f)
+            self.evaluations = [entry for entry in entries if entry.get('val_loss') is not None]
+        except (OSError, json.JSONDecodeError, AttributeError) as e:
+            raise UserError(f'{path} is neither the folder of a run nor its metrics.jsonl: {e}') from None
         if not self.evaluations:
-            raise UserError(f'{folder} holds no evaluation yet')
+            raise UserError(f'{path} holds no evaluation yet')
+        for entry in self.evaluations:
+            if 'val_nelbo_stderr' not in entry and 'val_collapsed' not in entry:  # there val_loss is no cross entropy
+                entry.setdefault('val_perplexity', math.exp(entry['val_loss']))
 
     def curve(self, name):
         """Iterations and values of one metric, where it was measured."""
@@ -56,6 +61,10 @@ class Run:
         """What sets of runs are grouped by: the model type and its time."""
         c = self.config
         return c['model_type'] + (f" t={c['heat_t']}" if c['model_type'] == 'heat' else '')
+
+    @property
+    def layers(self):
+        return self.config.get('n_layer')
 
 
 def figure(path, title, x, y, draw):
@@ -95,27 +104,38 @@ def reliability(axes, named):
         axes.plot(*zip(*points), color=f'C{number % 10}', marker='o', markersize=3, label=f'{name} (ECE {ece:.3f})')
 
 
-def against_depth(axes, runs):
-    kinds = {}
+def by_kind_and_depth(runs):
+    """{(kind, layers): the ECE of each of its seeds}"""
+    found = {}
     for r in runs:
-        kinds.setdefault(r.kind(), []).append((r.config['n_layer'], r.last('val_ece')))
-    for kind, points in sorted(kinds.items()):
-        axes.plot(*zip(*sorted(points)), marker='o', label=kind)
+        found.setdefault((r.kind(), r.layers), []).append(r.last('val_ece'))
+    return found
+
+
+def against_depth(axes, runs):
+    """Mean over the seeds, with the least and the greatest."""
+    found = by_kind_and_depth(runs)
+    for kind in sorted({kind for kind, _ in found}):
+        depths = sorted(depth for k, depth in found if k == kind)
+        seeds = [found[kind, depth] for depth in depths]
+        means = [sum(s) / len(s) for s in seeds]
+        spread = [[m - min(s) for m, s in zip(means, seeds)], [max(s) - m for m, s in zip(means, seeds)]]
+        axes.errorbar(depths, means, yerr=spread, marker='o', capsize=3, label=kind)
 
 
 def time_law(axes, runs):
-    depths = range(2, 1 + max(4, *(r.config['n_layer'] for r in runs)))
+    depths = range(2, 1 + max(4, *(r.layers for r in runs)))
     axes.plot(depths, [0.28 * math.sqrt(4 / depth) for depth in depths], color='gray', linestyle='--',
               label='0.28 * sqrt(4 / L)')
     for r in runs:
         times = r.last('val_diffusion_times')
         if times:
-            axes.scatter([r.config['n_layer']] * len(times), times, s=12, label=f'{r.name}, each layer')
-    best = {}
-    for r in runs:
-        if r.config['model_type'] == 'heat' and r.config['heat_t'] not in ('depth', 'adaptive'):
-            depth, found = r.config['n_layer'], (r.last('val_ece'), float(r.config['heat_t']))
-            best[depth] = min(best.get(depth, found), found)
+            axes.scatter([r.layers] * len(times), times, s=12, label=f'{r.name}, each layer')
+    best, words = {}, ('depth', 'adaptive')
+    fixed = [r for r in runs if r.config['model_type'] == 'heat' and r.config['heat_t'] not in words]
+    for (kind, depth), seeds in by_kind_and_depth(fixed).items():
+        found = sum(seeds) / len(seeds), float(kind.rpartition('=')[2])
+        best[depth] = min(best.get(depth, found), found)
     if best:
         axes.scatter(list(best), [t for _, t in best.values()], marker='*', s=80, label='fixed t of the lowest ECE')
 
@@ -125,25 +145,32 @@ def main(argv):
     if not folders:
         raise UserError('name the folders of one or more runs')
     runs = [Run(folder) for folder in folders]
-    os.makedirs(config.out, exist_ok=True)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out={config.out} cannot be made: {e.strerror}') from None
 
     def path(name):
         return os.path.join(config.out, f'{name}.png')
 
     figure(path('loss'), 'Validation loss', 'iteration', 'nats per token', curves(runs, 'val_loss'))
     figure(path('accuracy'), 'Next-token accuracy', 'iteration', 'share of positions', curves(runs, 'val_accuracy'))
+    likely = [r for r in runs if r.last('val_perplexity') is not None]
+    if likely:
+        figure(path('perplexity'), 'Validation perplexity', 'iteration', 'perplexity', curves(likely, 'val_perplexity'))
     runs = [r for r in runs if r.last('val_ece') is not None]
     if not runs:
         return
-    figure(path('perplexity'), 'Validation perplexity', 'iteration', 'perplexity', curves(runs, 'val_perplexity'))
     figure(path('dynamics'), 'Calibration during training', 'iteration', 'ECE, 15 bins', curves(runs, 'val_ece'))
     figure(path('trade_off'), 'Perplexity and calibration, one point per evaluation', 'perplexity', 'ECE, 15 bins',
            lambda axes: trade_off(axes, runs))
     figure(path('reliability'), 'Reliability at the end of training', 'confidence', 'accuracy',
            lambda axes: reliability(axes, {r.name: (r.last('val_bins'), r.last('val_ece')) for r in runs}))
-    if len({r.config['n_layer'] for r in runs}) > 1:
+    runs = [r for r in runs if r.layers]
+    if len({r.layers for r in runs}) > 1:
         figure(path('depth'), 'Calibration against depth', 'layers', 'ECE, 15 bins', lambda axes: against_depth(axes, runs))
-    figure(path('time_law'), 'Diffusion time against depth', 'layers', 't', lambda axes: time_law(axes, runs))
+    if runs:
+        figure(path('time_law'), 'Diffusion time against depth', 'layers', 't', lambda axes: time_law(axes, runs))
 
 
 if __name__ == '__main__':

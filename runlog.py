@@ -49,7 +49,7 @@ class RunLog:
         if self.config.eval_only and os.path.exists(path):
             return  # it describes the run
         with open(path, 'w', encoding='utf-8') as f:
-            json.dump(t.settings() | facts, f, indent=2)
+            json.dump(t.settings() | facts | ({'experiment': t.experiment} if t.experiment else {}), f, indent=2)
 
     def bytes(self):
         return self.file.tell()

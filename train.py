@@ -161,10 +161,11 @@ class Average:
 class Trainer:
     """One run: model, optimizer, data and log, and the loop over them.
 
-    `resumed` is the checkpoint that the run goes on from, or None; `objective` takes the place of the model's own."""
+    `resumed` is the checkpoint that the run goes on from, or None; `objective` takes the place of the model's own, and
+    `experiment` are the settings of the script that brings it, which alone can go on with the run."""
 
-    def __init__(self, config, model_config, ranks, resumed=None, objective=None):
-        self.config, self.ranks = config, ranks
+    def __init__(self, config, model_config, ranks, resumed=None, objective=None, experiment=None):
+        self.config, self.ranks, self.experiment = config, ranks, experiment
         if config.gradient_accumulation_steps % ranks.world_size:
             raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
                             f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
@@ -238,6 +239,9 @@ class Trainer:
         source = checkpoint.open_run(c.init_from)
         if source['tokenizer']:
             refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
+        kind = checkpoint.PUBLISHED_TYPES.get(source.get('foreign'), model_config.model_type)
+        if kind != model_config.model_type:
+            raise UserError(f"{c.init_from} holds {source['foreign']} weights: --model_type={kind}, with their options")
         model_args, weights = source['model_args'], source.get('ema') or source['model']
         rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
         self.parents = [source['run_id'], *source['parents']]
@@ -267,11 +271,16 @@ class Trainer:
             'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
             'run_id': self.run_id, 'parents': self.parents, 'commit': self.commit,
             'encoder': None if self.model.encoder is None else self.model.encoder.source['fingerprint'],
+            'experiment': self.experiment,
         }
 
     def settings(self):
         """Every key of the command line with its value."""
         return asdict(self.config) | asdict(self.model.config)
+
+    def resume_with(self):
+        """The arguments that go on with this run."""
+        return ('--resume=' if self.experiment else '--init_from=resume --out_dir=') + self.config.out_dir
 
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
@@ -355,7 +364,7 @@ class Trainer:
         if agreed:
             self.stop_signal = agreed  # only now: one that came in the meantime waits for the next iteration
             self.say(f'stopped by {signal.Signals(agreed).name} after iteration {self.iter_num}; go on with '
-                     f'--init_from=resume --out_dir={self.config.out_dir}')
+                     f'{self.resume_with()}')
         return bool(agreed)
 
     def _checkpoint_and_evaluate(self):
@@ -480,7 +489,10 @@ def read_settings(argv):
     values, _ = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
     state = None
     if values.get('init_from') == 'resume':
-        state = checkpoint.load(checkpoint.find(values.get('out_dir', TrainConfig.out_dir), 'last'))
+        out_dir = values.get('out_dir', TrainConfig.out_dir)
+        state = checkpoint.load(checkpoint.find(out_dir, 'last'))
+        if state.get('experiment'):
+            raise UserError(f'{out_dir} is a run of train_diffusion_attention.py: go on with that, --resume={out_dir}')
         values = state['config'] | values
     return *build(values, TrainConfig, GPTConfig), state
 

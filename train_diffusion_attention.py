@@ -10,6 +10,7 @@ reads the folder, plot_results.py draws it. `--published=True` brings back the l
 that sees the future; `--stride=1`, the default, is the published overlap of the training windows.
 """
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from calibration import calibration, calibration_sums
 from configurator import UserError, build, option, read_values, run
 from machine import setup_ranks
 from model import GPTConfig
-from objectives import IGNORE, NEXT_TOKEN, ignoring, means, prediction_sums, sum_in_chunks
+from objectives import IGNORE, NEXT_TOKEN, ignoring, means, parts_of, prediction_sums, sum_in_chunks
 from prepare import load_meta
 from tokenizer import tokenizer_from_meta
 from train import TrainConfig, Trainer
@@ -47,7 +48,7 @@ class ExperimentConfig:
     published: bool = option(False, 'labels shifted twice and an adaptive time that sees the future, as published')
     epochs: float = option(10.0, 'passes over the training windows')
     max_iters: int = option(0, 'stop after so many steps, the schedule ending there; 0 goes by epochs')
-    max_tokens: int = option(0, 'training tokens, a tenth of it for validation; 0 uses all')
+    max_tokens: int = option(0, 'training tokens, a tenth of it for validation; 0 or None uses all')
     stride: int = option(1, 'tokens from one training window to the next; seq_len makes them disjoint')
     batch_size: int = option(32, 'windows per step')
     lr: float = option(3e-4, 'highest learning rate; cosine to a tenth of it')
@@ -57,13 +58,27 @@ class ExperimentConfig:
     ignore_text: str = option('', "leave the tokens of this text, ' <unk>' say, out of loss and metrics")
     eval_interval: int = option(500, 'steps between evaluations')
     eval_iters: int = option(50, 'batches per evaluation; 0 takes all of validation')
-    save_every: int = option(0, 'steps between checkpoints that are kept; 0 keeps the best and the final one')
-    exp_name: str = option('', 'folder of the run below log_dir; empty is the model and the time')
+    save_every: int = option(0, 'steps between checkpoints that are kept; 0 or None keeps the best and the final one')
+    exp_name: str = option('', 'folder of the run below log_dir; empty or None is the model and the time')
     log_dir: str = option('logs', 'where the folders of the runs are')
-    resume: str = option('', 'folder of a run to go on with; its settings come from there')
+    resume: str = option('', 'folder of a run to go on with, its settings come from there; empty or None starts anew')
     seed: int = option(1337, 'of weights, dropout and data order')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     compile: bool = option(True, 'torch.compile, where it works')
+
+    def __post_init__(self):
+        for name in ('n_layers', 'd_model', 'd_ff', 'n_heads', 'epochs', 'stride', 'batch_size', 'lr', 'seq_len', 'fixed_t',
+                     't_min'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f'{name}={getattr(self, name)} must be above 0, and finite')
+        if not self.t_min < self.t_max < math.inf:
+            raise UserError(f't_max={self.t_max} must be above t_min={self.t_min}, and finite')
+        if self.d_model % self.n_heads:
+            raise UserError(f'd_model={self.d_model} must be a multiple of n_heads={self.n_heads}')
+        adaptive = 'diffusion_adaptive'
+        for name, owner in (('fixed_t', 'diffusion_fixed'), ('t_min', adaptive), ('t_max', adaptive)):
+            if getattr(self, name) != getattr(type(self), name) and self.model != owner:
+                raise UserError(f'{name}={getattr(self, name)} is for --model={owner}, not {self.model}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,13 +89,15 @@ def shifted_batch(tokens, rng, part=(0, 1)):
     return tokens[:, :-2].contiguous(), tokens[:, 2:].contiguous(), None
 
 
-def measure(model, X, Y, W, published):
-    """Loss and accuracy of what was learned; calibration against the next token, which as published is another one."""
+def measure(model, X, Y, W, published, ignored=()):
+    """Loss and accuracy of what was learned; calibration against the next token, which as published is another one. Tokens
+    that are part of the sequence of ids `ignored` are not scored."""
     x = model.trunk(X)
     sums = sum_in_chunks(model, x, Y, prediction_sums)
     following = Y
     if published:
-        following = torch.cat((X[:, 1:], torch.full_like(X[:, :1], IGNORE)), dim=1)
+        following = X.masked_fill(parts_of(X, ignored), IGNORE) if ignored else X
+        following = torch.cat((following[:, 1:], torch.full_like(X[:, :1], IGNORE)), dim=1)
     scored = sum_in_chunks(model, x, following, calibration_sums)
     times = {}
     for block in model.transformer.h:
@@ -102,10 +119,11 @@ def experiment_objective(config, tokenizer):
     make_batch, window = NEXT_TOKEN.make_batch, NEXT_TOKEN.window
     if config.published:
         make_batch, window = shifted_batch, lambda block_size: block_size + 2
-    if config.ignore_text:
-        make_batch = ignoring(make_batch, tokenizer.encode(config.ignore_text))
-    return replace(NEXT_TOKEN, make_batch=make_batch, window=window, metrics=partial(measure, published=config.published),
-                   summary=summarize)
+    ignored = tokenizer.encode(config.ignore_text) if config.ignore_text else ()
+    if ignored:
+        make_batch = ignoring(make_batch, ignored)
+    return replace(NEXT_TOKEN, make_batch=make_batch, window=window, summary=summarize,
+                   metrics=partial(measure, published=config.published, ignored=ignored))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,8 +148,11 @@ def train_config(c):
     folder = os.path.join(c.data_dir, c.dataset) if c.dataset in DATASETS else os.path.normpath(c.dataset)
     name = c.exp_name or f'{c.model}_{time.strftime("%Y%m%d_%H%M%S")}'
     length = dict(max_iters=c.max_iters) if c.max_iters else dict(num_epochs=c.epochs)
+    out_dir = c.resume or os.path.join(c.log_dir, name)
+    if not c.resume and os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
+        raise UserError(f'{out_dir} holds a run: --resume={out_dir} goes on with it, another --exp_name starts a new one')
     return TrainConfig(
-        out_dir=c.resume or os.path.join(c.log_dir, name), init_from='resume' if c.resume else 'scratch',
+        out_dir=out_dir, init_from='resume' if c.resume else 'scratch',
         data_dir=os.path.dirname(folder) or '.', dataset=os.path.basename(folder), **length, max_tokens=c.max_tokens,
         stride=c.stride, batch_size=c.batch_size, learning_rate=c.lr, min_lr=c.lr / 10, weight_decay=0.01, beta2=0.999,
         grad_clip=1.0, eval_interval=c.eval_interval, eval_iters=c.eval_iters, keep_every=c.save_every, seed=c.seed,
@@ -150,30 +171,37 @@ def finish(out_dir):
     checkpoint.second_name(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
 
 
+def without_none(argv):
+    """Arguments, those left out that are set to None, as the published defaults are written."""
+    argv = [word for word in argv if not (word.startswith('--') and word.endswith('=None'))]
+    nones = [i for i, word in enumerate(argv) if word == 'None' and i and argv[i - 1].startswith('--')]
+    return [word for i, word in enumerate(argv) if i not in nones and i + 1 not in nones]
+
+
 def read_settings(argv):
-    """-> ExperimentConfig. With --resume the settings are those of the run, but for what is given now."""
-    values, _ = read_values(argv, ExperimentConfig, description=__doc__)
-    if values.get('resume'):
-        path = os.path.join(values['resume'], 'experiment.json')
-        if not os.path.isfile(path):
-            raise UserError(f"resume={values['resume']!r} is not a run of this script: it holds no experiment.json")
-        with open(path, encoding='utf-8') as f:
-            values = json.load(f) | values
-    return build(values, ExperimentConfig)[0]
+    """-> ExperimentConfig, and the checkpoint to resume or None. With --resume the settings are those of the run, but for
+    what is given now, which may not change what is learned."""
+    values, _ = read_values(without_none(argv), ExperimentConfig, description=__doc__)
+    if not values.get('resume'):
+        return build(values, ExperimentConfig)[0], None
+    state = checkpoint.load(checkpoint.find(values['resume'], 'last'))
+    before = state.get('experiment')
+    if not before:
+        raise UserError(f"resume={values['resume']!r} is not a run of this script: go on with it by train.py")
+    for name in ('published', 'ignore_text', 'exp_name', 'log_dir'):
+        if values.get(name, before[name]) != before[name]:
+            raise UserError(f'{name}={values[name]}: a resumed run keeps {name}={before[name]!r}')
+    return build(before | values, ExperimentConfig)[0], state
 
 
 def main(argv):
-    c = read_settings(argv)
+    c, resumed = read_settings(argv)
     config = train_config(c)
-    resumed = checkpoint.load(checkpoint.find(config.out_dir, 'last')) if c.resume else None
     meta = load_meta(os.path.join(config.data_dir, config.dataset))
     ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
     try:
         objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
-        trainer = Trainer(config, model_config(c), ranks, resumed, objective)
-        if ranks.first:
-            with open(os.path.join(config.out_dir, 'experiment.json'), 'w', encoding='utf-8') as f:
-                json.dump(asdict(c) | {'resume': ''}, f, indent=1)
+        trainer = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''})
         code = trainer.train()
         if ranks.first:
             finish(config.out_dir)

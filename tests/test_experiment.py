@@ -1,6 +1,7 @@
 """The heat-kernel experiment: calibration against a slow version, what is left out, the files of a run, the figures."""
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from conftest import pseudo_text
 import checkpoint
 import plot_results
 import prepare
+import sample
+import train
 import train_diffusion_attention as experiment
 from calibration import BINS, calibration, calibration_sums, fit_temperature, score
 from calibration import main as calibration_main
 from configurator import UserError
 from model import GPT, GPTConfig
 from objectives import IGNORE, add, ignoring
+from plot_results import plt
 
 SMALL = ['--n_layers=2', '--d_model=16', '--d_ff=40', '--n_heads=2', '--seq_len=16', '--batch_size=4', '--eval_iters=2',
          '--eval_interval=2', '--max_iters=4', '--device=cpu', '--compile=False']
@@ -134,14 +138,29 @@ def test_the_published_labels_are_shifted_twice_and_scored_once():
     following = slow_calibration(logits[:, :-1].flatten(0, 1), X[:, 1:].flatten())
     assert found['ece'] == pytest.approx(following['ece'], abs=1e-5)
     assert found['scored_accuracy'] == pytest.approx(following['accuracy'])
+    scored = [experiment.measure(model, X, Y, None, True, ignored)['scored_count'] for ignored in ((), [1], [7, 8])]
+    assert scored == [6, 5, 4]  # of the 3 labels in each of the two rows
 
 
-def test_ignored_text_leaves_its_own_targets_out():
-    batch = ignoring(lambda tokens, rng, part: (tokens[:, :-1], tokens[:, 1:], None), [7, 8])
-    tokens = torch.tensor([[0, 7, 8, 7, 1, 7, 8, 8], [7, 8, 7, 7, 8, 9, 8, 7]])
-    _, Y, _ = batch(tokens, None)
-    i = IGNORE
-    assert Y.tolist() == [[i, i, 7, 1, i, i, 8], [8, 7, i, i, 9, 8, 7]]
+def slow_parts(row, ids):
+    """Every place that the sequence may have, also one partly outside; one token alone tells nothing, unless it is all."""
+    n, hit = len(ids), [False] * len(row)
+    for start in range(1 - n, len(row)):
+        inside = [i for i in range(n) if 0 <= start + i < len(row)]
+        if len(inside) >= min(2, n) and all(row[start + i] == ids[i] for i in inside):
+            for i in inside:
+                hit[start + i] = True
+    return hit
+
+
+@pytest.mark.parametrize('ids', [[1], [1, 0], [1, 1], [0, 1, 0], [1, 0, 0, 1]])
+def test_ignored_text_leaves_its_own_targets_out(ids):
+    tokens = torch.randint(2, (200, 7), generator=torch.Generator().manual_seed(0))
+    _, Y, _ = ignoring(lambda tokens, rng, part: (tokens[:, :-1], tokens[:, 1:], None), ids)(tokens, None)
+    wanted = torch.tensor([slow_parts(row, ids) for row in tokens.tolist()])
+    assert wanted.any() and not wanted.all()
+    assert torch.equal(Y == IGNORE, wanted[:, 1:]) and torch.equal(Y[Y != IGNORE], tokens[:, 1:][Y != IGNORE])
+    assert ignoring(lambda tokens, *_: (tokens, tokens[:, -3:], None), [5] * 9)(tokens, None)[1].equal(tokens[:, -3:])
 
 
 def test_the_ignored_text_is_that_of_the_data_sets_tokenizer(go):
@@ -176,12 +195,40 @@ def test_a_run_leaves_what_was_published_and_more(go, model, published):
 
 
 def test_the_recipe_is_the_published_one(data_dir):
-    c = experiment.read_settings([f'--dataset={data_dir}/tiny_byte'])
+    c, _ = experiment.read_settings([f'--dataset={data_dir}/tiny_byte', '--max_tokens', 'None', '--save_every=None'])
+    assert (c.model, c.fixed_t, c.epochs, c.max_tokens, c.eval_interval, c.save_every) == ('standard', 1.0, 10, 0, 500, 0)
     config, model = experiment.train_config(c), experiment.model_config(c)
     assert (model.n_layer, model.n_embd, model.n_head, model.n_inner, model.block_size) == (4, 256, 4, 1024, 256)
     assert config.min_lr == pytest.approx(config.learning_rate / 10)
     assert (config.learning_rate, config.weight_decay, config.grad_clip) == (3e-4, 0.01, 1.0)
     assert (config.batch_size, config.num_epochs, config.stride, config.warmup_iters) == (32, 10.0, 1, 0)
+    assert (config.lr_schedule, config.beta1, config.beta2, model.dropout) == ('cosine', 0.9, 0.999, 0.1)
+
+
+def test_every_flag_arrives_where_it_counts(go):
+    of = lambda *args: experiment.model_config(experiment.read_settings(list(args))[0])  # noqa: E731
+    assert of().model_type == 'gpt2'
+    assert of('--model=diffusion_fixed').heat_time() == 1.0
+    assert of('--model=diffusion_fixed', '--fixed_t=0.28').heat_time() == 0.28
+    model = of('--model=diffusion_adaptive', '--t_min=0.2', '--t_max=5', '--published=True')
+    assert (model.heat_t, model.heat_t_min, model.heat_t_max, model.published) == ('adaptive', 0.2, 5.0, True)
+    c, _ = experiment.read_settings(['--published=True'])
+    objective = experiment.experiment_objective(c, None)
+    assert objective.window(16) == 18 and objective.make_batch(torch.arange(18)[None], None)[1][0, 0] == 2
+    folder = go('--model=diffusion_adaptive', '--lr=0.05', '--max_iters=6', '--t_max=4')
+    times = json.loads((folder / 'metrics.json').read_text())['val_diffusion_times']
+    assert times[0] == pytest.approx([0.4 ** 0.5] * 2, rel=1e-4) and len(set(times[-1])) == 2 and times[-1] != times[0]
+
+
+@pytest.mark.parametrize('wrong, reason', [
+    (['--epochs=0'], 'epochs=0'), (['--d_ff=0'], 'd_ff'), (['--stride=0'], 'stride'), (['--lr=-1'], '^lr='),
+    (['--n_layers=0'], 'n_layers'), (['--model=diffusion_fixed', '--fixed_t=0'], 'fixed_t'),
+    (['--fixed_t=0.28'], 'diffusion_fixed'), (['--model=diffusion_fixed', '--t_max=5'], 'diffusion_adaptive'),
+    (['--model=diffusion_adaptive', '--t_min=20'], 't_max'), (['--d_model=10', '--n_heads=4'], 'n_heads'),
+])
+def test_settings_that_make_no_sense_are_refused_by_their_own_names(wrong, reason):
+    with pytest.raises(UserError, match=reason):
+        experiment.read_settings(wrong)
 
 
 def test_resuming_keeps_the_settings(go, tmp_path):
@@ -190,8 +237,25 @@ def test_resuming_keeps_the_settings(go, tmp_path):
     state = checkpoint.load(str(folder / 'final_model.pt'))
     assert state['iter_num'] == 4 and state['config']['dropout'] == 0.2 and state['config']['learning_rate'] == 0.01
     assert json.loads((folder / 'metrics.json').read_text())['iter'] == [0, 2, 4]
-    with pytest.raises(UserError, match='experiment.json'):
+    with pytest.raises(UserError, match='no checkpoint'):
         experiment.main([f'--resume={tmp_path}'])
+    with pytest.raises(UserError, match='published=True: a resumed run keeps published=False'):
+        experiment.main([f'--resume={folder}', '--published=True'])
+    assert json.loads((folder / 'config.json').read_text())['experiment']['model'] == 'diffusion_adaptive'
+
+
+def test_each_script_goes_on_with_its_own_runs_alone(go, tiny, capsys):
+    folder = go('--max_iters=2')
+    with pytest.raises(UserError, match='train_diffusion_attention.py.*--resume='):
+        train.read_settings(['--init_from=resume', f'--out_dir={folder}'])
+    with pytest.raises(UserError, match='holds a run: --resume='):
+        go()
+    config, model_config = tiny(out_dir='plain')
+    train.train(config, model_config)
+    with pytest.raises(UserError, match='train.py'):
+        experiment.main([f'--resume={config.out_dir}'])
+    sample.main([f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu'])
+    assert '5 tokens' in capsys.readouterr().err
 
 
 def test_checkpoints_that_are_kept_and_tokens_that_are_not_used(go):
@@ -202,7 +266,16 @@ def test_checkpoints_that_are_kept_and_tokens_that_are_not_used(go):
         go('--max_tokens=800', '--seq_len=128', name='short')
 
 
-def test_the_figures(go, tmp_path, capsys):
+@pytest.fixture
+def drawn(monkeypatch):
+    """{file name: the axes that were saved in it}"""
+    found, real = {}, plt.Figure.savefig
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, path, **k: (found.update({os.path.basename(path): fig.axes[0]}),
+                                                                       real(fig, path, **k)))
+    return found
+
+
+def test_the_figures(go, tiny, tmp_path, capsys, drawn):
     folders = [go(name='standard'), go('--model=diffusion_fixed', '--n_layers=1', name='heat'),
                go('--model=diffusion_adaptive', name='adaptive')]
     out = tmp_path / 'figures'
@@ -211,6 +284,19 @@ def test_the_figures(go, tmp_path, capsys):
     assert names == {f'{n}.png' for n in ('loss', 'accuracy', 'perplexity', 'dynamics', 'trade_off', 'reliability', 'depth',
                                           'time_law')}
     assert all((out / name).read_bytes().startswith(b'\x89PNG') for name in names)
+    for name in ('loss', 'accuracy', 'perplexity', 'dynamics', 'trade_off'):
+        axes = drawn[f'{name}.png']
+        assert [line.get_label() for line in axes.lines] == ['standard', 'heat', 'adaptive'], name
+        assert all(len(line.get_xdata()) == (2 if name == 'trade_off' else 3) for line in axes.lines), name
+    ece = [plot_results.Run(str(folder)).last('val_ece') for folder in folders]
+    assert [line.get_ydata()[-1] for line in drawn['dynamics.png'].lines] == ece
+    assert len(drawn['reliability.png'].lines) == 4 and len(drawn['depth.png'].containers) == 3
+    labels = drawn['time_law.png'].get_legend_handles_labels()[1]
+    assert labels == ['0.28 * sqrt(4 / L)', 'adaptive, each layer', 'fixed t of the lowest ECE']
+    config, model_config = tiny(out_dir='plain')
+    train.train(config, model_config)
+    plot_results.main([str(folders[0]), f'{config.out_dir}/metrics.jsonl', f'--out={tmp_path}/more'])
+    assert [line.get_label() for line in drawn['perplexity.png'].lines] == ['standard', 'plain']
     for wrong in ([], [str(tmp_path)]):
         with pytest.raises(UserError, match='folder'):
             plot_results.main(wrong)
