@@ -109,9 +109,9 @@ class GPTConfig:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not LEAST_HEAT_TIME <= self.heat_time() < math.inf:
             raise UserError(f'heat_t={self.heat_t} must be at least {LEAST_HEAT_TIME}, and finite')
-        self._refuse_idle_options()
         if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
             raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
+        self._refuse_idle_options()
         head = self.n_embd // self.n_head
         if self.has_rotary and head % 2:
             raise UserError(f'rotary positions turn coordinates in pairs: n_embd / n_head = {head} must be even')

@@ -140,14 +140,22 @@ def test_a_later_token_changes_no_earlier_logit(variant, path):
             assert not torch.allclose(before[:, position], after[:, position])
 
 
+@pytest.mark.parametrize('variant, backend', [('duo', 'inductor')] + [(variant, 'aot_eager') for variant in (
+    'dd', 'dd published', 'heat distance', 'heat adaptive', 'rotating lr', 'rotating gp', 'parallel mean')])
 @torch.no_grad()
-def test_compiled_blocks_leak_nothing_and_compute_the_same():
-    """Of duo, which asks most of the compiler."""
+def test_compiled_blocks_leak_nothing_and_compute_the_same(variant, backend):
+    """Of duo, which asks most of it, by the compiler itself; of the others as it traces them."""
     torch.compiler.reset()
-    model = make(n_layer=2, **VARIANTS['duo']).train()
+    model = make(**{'n_layer': 2} | VARIANTS[variant]).train()
     idx, (X, Y, W) = tokens(2, 9), batch(model, T=9)
+    torch.manual_seed(1)
     plain = model(X, Y, W)[0]
-    model.compile_blocks()
+    if backend == 'inductor':
+        model.compile_blocks()
+    else:
+        for block in model.transformer.h:
+            block.compile(dynamic=False, backend=backend)
+    torch.manual_seed(1)
     assert_close(model(X, Y, W)[0], plain)
     before = token_logits(model, idx)
     for position in (1, 5, 8):
@@ -227,7 +235,9 @@ def train_on_noise(vocab_size, T, **changes):
     model = GPT(GPTConfig(**sizes | changes))
     optimizer = torch.optim.AdamW(model.decay_groups(0.0), lr=3e-3)
     rng = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for step in range(150):
+        for group in optimizer.param_groups:
+            group['lr'] = 3e-3 * (1 - step / 150)
         X, Y, W = model.objective.make_batch(torch.randint(vocab_size, (192 // T, T + 1), generator=rng), rng)
         model(X, Y, W, return_logits=False)[1].backward()
         optimizer.step()
@@ -246,7 +256,7 @@ def test_random_tokens_cannot_be_predicted(variant):
     for kind in losses[:, :6], losses[:, 6:]:  # next tokens and, of duo, what the masks hide
         if kind.numel():
             error = kind.std() / math.sqrt(kind.numel())
-            assert abs(kind.mean() - math.log(32)) < 3 * error + 0.02
+            assert abs(kind.mean() - math.log(32)) < 3 * error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,12 +703,12 @@ def test_masks_leak_when_published_and_not_by_default(published):
     losses = train_on_noise(8, 3, model_type='duo', published=published)
     following, filled = losses[:, :3], losses[:, 3:]
     error = following.std() / math.sqrt(following.numel())
-    assert following.mean() > math.log(8) - 3 * error - 0.02
+    assert following.mean() > math.log(8) - 3 * error
     if published:
         assert filled.mean() < math.log(8) - 0.3
     else:
         error = filled.std() / math.sqrt(filled.numel())
-        assert abs(filled.mean() - math.log(8)) < 3 * error + 0.02
+        assert abs(filled.mean() - math.log(8)) < 3 * error
 
 
 @pytest.mark.parametrize('published', [False, True])
@@ -761,9 +771,9 @@ def test_no_sample_is_ever_the_mask():
 
 @pytest.mark.parametrize('wrong, reason', [
     ({'model_type': 'parallel', 'n_layer': 3}, 'n_layer=3 must be even'),
-    ({'model_type': 'heat', 'heat_t': '0'}, 'heat_t=0 must be above 0'),
-    ({'model_type': 'heat', 'heat_t': '-1'}, 'heat_t=-1 must be above 0'),
-    ({'model_type': 'heat', 'heat_t': 'nan'}, 'heat_t=nan must be above 0'),
+    ({'model_type': 'heat', 'heat_t': '0'}, 'heat_t=0 must be at least'),
+    ({'model_type': 'heat', 'heat_t': '-1'}, 'heat_t=-1 must be at least'),
+    ({'model_type': 'heat', 'heat_t': 'nan'}, 'heat_t=nan must be at least'),
     ({'model_type': 'heat', 'heat_t': 'inf'}, 'heat_t=inf'),
     ({'model_type': 'duo', 'block_size': 1}, 'block_size=1'),
     ({'model_type': 'heat', 'heat_t': 'warm'}, "heat_t='warm' is neither a number nor one of: depth, adaptive"),
@@ -783,12 +793,25 @@ def test_options_that_make_no_sense_are_refused(wrong, reason):
         GPTConfig(**SIZES | wrong)
 
 
+@pytest.mark.parametrize('idle', [
+    dict(model_type='heat', heat_t_min=0.2), dict(model_type='heat', heat_t_max=5.0),
+    dict(model_type='heat', published=True),
+    dict(model_type='duo', duo_fill_weight=0.0, published=True),
+    dict(model_type='dd', apply_diffusion=False, diffusion_std=0.5),
+])
+def test_an_option_that_another_leaves_without_effect_is_refused(idle):
+    with pytest.raises(UserError, match='has no effect without'):
+        GPTConfig(**SIZES | idle)
+
+
 def test_an_option_of_another_type_is_refused_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
              'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft'}
     needed = {'drifting': {'encoder': 'somewhere'}}
     drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
-    together = {'encoder': drift, 'drift_weight': drift}
+    adaptive = {'heat_t': 'adaptive'}
+    together = {'diffusion': {'encoder': drift, 'drift_weight': drift},
+                'heat': {'heat_t_min': adaptive, 'heat_t_max': adaptive, 'published': adaptive}}
     defaults = {f.name: f.default for f in GPTConfig.__dataclass_fields__.values()}
     for name in {name for names in OPTIONS.values() for name in names}:
         default = defaults[name]
@@ -796,7 +819,7 @@ def test_an_option_of_another_type_is_refused_by_name():
         for model_type in MODEL_TYPES:
             given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
             if name in OPTIONS[model_type]:
-                given = (together.get(name, {}) if model_type == 'diffusion' else {}) | given
+                given = together.get(model_type, {}).get(name, {}) | given
                 assert getattr(GPTConfig(**given), name) == value
             else:
                 with pytest.raises(UserError, match=f'{name} is an option of model_type .*, not of {model_type}'):

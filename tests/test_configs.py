@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from configurator import read_config_file
+from configurator import build, read_config_file, read_values
 from model import GPTConfig
 from train import TrainConfig, main
 
@@ -27,6 +27,18 @@ def test_config_runs_two_iterations(path, tmp_path, data_dir, encoder):
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     assert [entry['iter'] for entry in lines if 'loss' in entry] == [1, 2]
     assert (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if 'gpt2_medium' in p], ids=os.path.basename)
+def test_gpt2_medium_is_the_published_recipe_whichever_file_is_named(path):
+    values, _ = read_values([path], TrainConfig, GPTConfig)
+    c, model = build(values, TrainConfig, GPTConfig)
+    assert (model.n_layer, model.n_head, model.n_embd) == (24, 16, 1024)
+    assert model.block_size == (512 if model.model_type == 'duo' else 1024)
+    assert (c.dataset, c.num_epochs, c.learning_rate, c.lr_schedule) == ('wikitext-103', 5, 1e-4, 'linear')
+    assert (c.weight_decay, c.warmup_ratio) == (0.01, 0.1) and c.batch_size * c.gradient_accumulation_steps == 64
+    with open(path, encoding='utf-8') as f:
+        assert 'Not run here' in f.read()
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)

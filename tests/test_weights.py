@@ -109,6 +109,49 @@ def test_published_weights_come_in_by_their_own_name_and_only_into_a_run(tmp_pat
         checkpoint.load_model(checkpoint.open_run(f'hf:{folder}'))
 
 
+@pytest.mark.parametrize('name', TYPES)
+def test_a_weight_that_no_type_has_is_named(tmp_path, start, vocab_size, name):
+    folder = hf_folder(tmp_path, vocab_size, {'transformer.h.0.attn.strange': torch.zeros(3)})
+    with pytest.raises(UserError, match='attn.strange'):
+        start(folder, **options(name))
+
+
+def test_given_rates_of_rotating_gp_are_used(tmp_path, start, vocab_size):
+    extra = published_extra({'attn.rope.frequencies': (2, 4)})
+    trainer, _ = start(hf_folder(tmp_path, vocab_size, extra), model_type='rotating', rotating_head='gp')
+    for layer, block in enumerate(trainer.model.transformer.h):
+        rope = block.attn.rope
+        assert torch.equal(rope.frequencies, extra[f'transformer.h.{layer}.attn.rope.frequencies'])
+        angle = torch.arange(rope.table.size(1))[:, None] * rope.frequencies[:, None]
+        assert torch.allclose(rope.table, torch.stack((angle.cos(), angle.sin()), -1), atol=1e-6)
+
+
+@pytest.mark.parametrize('change, reason', [
+    (lambda c, w: c.update(vocab_size=300), 'vocab_size=300'), (lambda c, w: c.pop('n_positions'), 'lacks n_positions'),
+    (lambda c, w: w.pop('transformer.wte.weight'), 'no rows'), (lambda c, w: w.update({'transformer.a': {}}), 'no tensor'),
+    (lambda c, w: w.update({'lm_head.weight': w['lm_head.weight'] + 1}), 'lm_head.weight'),
+    (lambda c, w: c.update(model_type='parallel-gpt2'), '--model_type=parallel'),
+    (lambda c, w: c.update(model_type='mamba-gpt2'), 'mamba-gpt2'),
+])
+def test_weights_that_contradict_their_config_are_refused(tmp_path, start, vocab_size, change, reason):
+    folder = hf_folder(tmp_path, vocab_size)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    weights = torch.load(tmp_path / 'pytorch_model.bin', weights_only=True)
+    change(config, weights)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    torch.save(weights, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(UserError, match=reason):
+        start(folder)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_damaged_files_are_named(tmp_path, start, vocab_size, name):
+    folder = hf_folder(tmp_path, vocab_size)
+    (tmp_path / name).write_bytes(b'no such thing')
+    with pytest.raises(UserError, match=name):
+        start(folder)
+
+
 def test_the_shared_bottleneck_of_parallel_concat_loads(tmp_path, start, vocab_size):
     extra = {'transformer.bottleneck.weight': torch.randn(16, 32), 'transformer.bottleneck.bias': torch.randn(16)}
     trainer, said = start(hf_folder(tmp_path, vocab_size, extra), model_type='parallel', parallel_merge='concat')
