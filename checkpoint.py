@@ -17,7 +17,7 @@ from corpus import hub_is_reachable
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_spec
 
-# What a Hugging Face GPT-2 may say of itself and still be the GPT-2 of model.py.
+# What the published variants call themselves, and what a Hugging Face GPT-2 may say of itself and still be that of model.py.
 PUBLISHED_TYPES = {'dd-gpt2': 'dd', 'parallel-gpt2': 'parallel', 'duo-predict-gpt2': 'duo', 'rotating-head-gpt2': 'rotating'}
 HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
             'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
@@ -135,25 +135,36 @@ def open_run(name, which='best'):
     if config.get('model_type') == EXPORTED:
         weights = _hf_tensors(folder)
         weights |= {'lm_head.weight': weights[TABLE]} if TABLE in weights else {}
-        return {key: config[key] for key in EXPORTED_KEYS} | {'model': weights, 'config': {}, 'iter_num': 0}
+        missing = [key for key in EXPORTED_KEYS if key not in config and key != 'encoder']
+        if missing:
+            raise UserError(f'{name}: its config.json lacks {", ".join(missing)}')
+        return {key: config.get(key) for key in EXPORTED_KEYS} | {'model': weights, 'config': {}, 'iter_num': 0}
     model_args, weights = load_hf(folder)
     gpt2 = tokenizer_from_spec('gpt2')
-    meta = gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None
-    return {'model_args': model_args, 'model': weights, 'tokenizer': meta, 'run_id': f'hf:{fingerprint(weights)}',
-            'parents': [], 'config': {}, 'iter_num': 0, 'foreign': config['model_type']}  # by any name it is the same
+    facts = {'tokenizer': gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None,
+             'run_id': f'hf:{fingerprint(weights)}', 'parents': []}  # by any name it is the same
+    return facts | config.get(EXPORTED, {}) | {'model_args': model_args, 'model': weights, 'config': {}, 'iter_num': 0,
+                                               'foreign': config['model_type']}
+
+
+def refuse_foreign(state):
+    """Raises UserError on published weights, which do not say the options of their type."""
+    kind = PUBLISHED_TYPES.get(state.get('foreign'))
+    if kind:
+        published = ' --published=True' * (kind in ('dd', 'duo'))
+        raise UserError(f"{state['foreign']} weights do not say their type's options: take them into a run first, train.py "
+                        f'--init_from=hf:FOLDER --model_type={kind}{published}')
 
 
 def load_model(checkpoint, device='cpu'):
     """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any. What token drift
     trained needs no encoder any more."""
-    args, foreign = checkpoint['model_args'], checkpoint.get('foreign')
-    if foreign not in (None, 'gpt2'):
-        raise UserError(f"{foreign} weights do not say their type's options: take them into a run first, train.py "
-                        '--init_from=hf:FOLDER --model_type=... --published=True')
+    refuse_foreign(checkpoint)
+    args = checkpoint['model_args']
     if args.get('diffusion_objective') == 'drift':
         args = args | {'diffusion_objective': 'nelbo', 'encoder': '', 'drift_weight': GPTConfig.drift_weight}
     model = GPT(model_config(args))
-    if foreign:
+    if checkpoint.get('foreign'):
         start_from(model, checkpoint['model'])
     else:
         model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
@@ -274,7 +285,10 @@ def _hf_tensors(name):
         return _safetensors(path)
     index = _hf_file(name, 'model.safetensors.index.json')
     if index:
-        shards = sorted(set(_json(index).get('weight_map', {}).values()))
+        listed = _json(index).get('weight_map')
+        if not isinstance(listed, dict):
+            raise UserError(f'{index} holds no weight_map')
+        shards = sorted(set(listed.values()))
         return {k: v for shard in shards for k, v in _safetensors(_hf_file(name, shard) or shard).items()}
     path = _hf_file(name, 'pytorch_model.bin')
     if path:
@@ -332,13 +346,13 @@ def load_hf(name):
         key = 'transformer.' + key.removeprefix('transformer.')
         if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
             continue  # the causal mask, and the tied head
-        if key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')):
+        if key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')) and tensor.dim() == 2:
             tensor = tensor.t()
         weights[key] = tensor.float()
     table = weights.get(TABLE)
-    if table is None or len(table) != config['vocab_size']:
+    if table is None or table.dim() != 2 or len(table) != config['vocab_size']:
         raise UserError(f"hf:{name}: vocab_size={config['vocab_size']} in its config.json, but "
-                        f"{'no' if table is None else len(table)} rows of {TABLE}")
+                        f"{TABLE} is {'missing' if table is None else 'of shape ' + str(tuple(table.shape))}")
     head = tensors.get('lm_head.weight')
     if head is not None and not torch.equal(head.float(), table):
         raise UserError(f'hf:{name}: lm_head.weight is not {TABLE}; here the two are one')

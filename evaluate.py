@@ -64,8 +64,9 @@ class EvalConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
-        if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
-            raise UserError(f'figure={self.figure}: there is no such folder')
+        if self.figure and not (self.figure.endswith('.png') and os.path.isdir(os.path.dirname(self.figure) or '.')):
+            raise UserError(f'figure={self.figure} must be a .png file in a folder that exists: there is no such folder, or '
+                            'another ending')
 
 
 @dataclass
@@ -296,6 +297,7 @@ def load(config, out_dir, device):
     if state['tokenizer'] is None:
         raise UserError(f'{out_dir}: its tokenizer is unknown here')
     facts = {key: state[key] for key in ('config', 'tokenizer', 'run_id', 'parents')}  # the rest is large
+    facts['published_labels'] = (state.get('experiment') or {}).get('published')
     return Entry(out_dir, facts, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
 
 
@@ -332,6 +334,8 @@ def tell(config, entries, found, samples):
         console.print('different tokenizers: losses and perplexities cannot be compared, bits per byte can')
     for entry in entries:
         kind = entry.model.config.model_type
+        if entry.state.get('published_labels'):
+            console.print(f'{entry.name} learned the token after the next one (--published=True), and is scored by the next')
         if not found[entry.name]:
             console.print(f'{entry.name} ({kind}) has no likelihood: its samples can be judged')
         elif kind == 'diffusion':
@@ -347,7 +351,9 @@ def tell(config, entries, found, samples):
 
 def draw_reliability(config, found):
     bins = {name: (its['bins'], its['ece']) for name, its in found.items() if 'bins' in its}
-    if config.figure and bins:
+    if config.figure and not bins:
+        print('no reliability to draw: none of these has a likelihood')
+    elif config.figure:
         from plot_results import figure, reliability
         figure(config.figure, 'Reliability', 'confidence', 'accuracy', lambda axes: reliability(axes, bins))
 

@@ -107,6 +107,7 @@ def write_json(folder, name, value):
 
 def export(state, folder):
     """Writes a checkpoint's model and tokenizer to a new folder. Raises UserError if it is there already."""
+    checkpoint.refuse_foreign(state)
     c = checkpoint.model_config(state['model_args'])
     if os.path.exists(folder):
         raise UserError(f'{folder} exists: name a new folder with --to')
@@ -114,7 +115,8 @@ def export(state, folder):
     weights = state.get('ema') or state['model']
     os.makedirs(folder)
     if c.model_type == 'gpt2':
-        write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot))
+        facts = {key: state[key] for key in ('tokenizer', 'run_id', 'parents')}  # which transformers leaves alone
+        write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {checkpoint.EXPORTED: facts})
         weights = gpt2_weights(weights, c)
     else:
         facts = {key: state.get(key) for key in checkpoint.EXPORTED_KEYS}  # runs of before have no encoder

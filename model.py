@@ -39,7 +39,7 @@ OPTIONS = {  # which options a model type has beyond those of all
     'drifting': ('encoder', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
-LEAST_HEAT_TIME = 1e-6  # below, the scores of float32 overflow
+LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
@@ -56,7 +56,7 @@ class GPTConfig:
     n_embd: int = option(768, 'channels, a multiple of n_head')
     n_inner: int = option(0, 'channels inside the MLP; 0 means 4 * n_embd')
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data')
-    bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster')
+    bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster, but not for diffusion')
     # options of one type
     published: bool = option(False, 'dd, adaptive heat, duo: as published, its look into the future included')
     apply_drift: bool = option(True, 'dd: y + d * y on the output y of attention, d learned')
@@ -109,8 +109,9 @@ class GPTConfig:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not LEAST_HEAT_TIME <= self.heat_time() < math.inf:
             raise UserError(f'heat_t={self.heat_t} must be at least {LEAST_HEAT_TIME}, and finite')
-        if not 0 < self.heat_t_min < self.heat_t_max < math.inf:
-            raise UserError(f'heat_t_min={self.heat_t_min} must be above 0 and below heat_t_max={self.heat_t_max}')
+        if not LEAST_HEAT_TIME <= self.heat_t_min < self.heat_t_max < math.inf:
+            raise UserError(f'heat_t_min={self.heat_t_min} must be at least {LEAST_HEAT_TIME} and below heat_t_max='
+                            f'{self.heat_t_max}')
         self._refuse_idle_options()
         head = self.n_embd // self.n_head
         if self.has_rotary and head % 2:
@@ -123,10 +124,14 @@ class GPTConfig:
     def _refuse_idle_options(self):
         """Raises UserError on an option that another one leaves without effect."""
         fixed = self.model_type == 'heat' and self.heat_t != 'adaptive'
+        no_flags = self.diffusion_objective != 'repair'
         for name, idle, needed in (('heat_t_min', fixed, 'heat_t=adaptive'), ('heat_t_max', fixed, 'heat_t=adaptive'),
                                    ('published', fixed, 'heat_t=adaptive'),
                                    ('published', self.model_type == 'duo' and not self.duo_fill_weight, 'a duo_fill_weight'),
-                                   ('diffusion_std', not self.apply_diffusion, 'apply_diffusion=True')):
+                                   ('diffusion_std', not self.apply_diffusion, 'apply_diffusion=True'),
+                                   ('baseline_each_head', not self.apply_drift, 'apply_drift=True'),
+                                   ('penalty_keep_mask', no_flags, 'diffusion_objective=repair'),
+                                   ('penalty_mask_correct', no_flags, 'diffusion_objective=repair')):
             if idle and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f'{name}={getattr(self, name)} has no effect without {needed}')
 
@@ -399,8 +404,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
-        self.looks_around = config.model_type == 'diffusion' and config.has_rotary and layer == 0
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or self.looks_around)
+        self.looks_around = config.model_type == 'diffusion' and config.has_rotary and config.bias
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
         if config.model_type == 'dd':
@@ -790,14 +795,18 @@ class GPT(nn.Module):
         x = self.trunk(idx)
         bound = self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, field.ids, weights)
         found = features(self.encoder, self.soft_tokens(idx, x), field.places)
-        return bound + self.config.drift_weight * residual(found, field)
+        return bound + self.config.drift_weight * residual(found, field) / len(field.scales)
 
     def soft_tokens(self, idx, x):
         """diffusion with drift: ids (B, T) and their hidden states (B, T, C) -> embeddings of the encoder (B, T, C'), where
         a token is masked the mean of those there are, weighted by what the model expects."""
         table, masked = self.encoder.transformer.wte.weight[:self.config.vocab_size], idx == self.config.vocab_size
-        expected = self.head(x[masked])[:, :-1].float().softmax(-1).to(table.dtype) @ table
-        return table[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], expected.to(table.dtype))
+
+        def expected(part):
+            return self.head(part)[:, :-1].float().softmax(-1).to(table.dtype) @ table
+        rows = max(1, LOGITS_PER_CHUNK // len(table))  # not kept for the backward pass: the logits of all would be large
+        means = torch.cat([checkpoint(expected, part, use_reentrant=False) for part in x[masked].split(rows)])
+        return table[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], means.to(table.dtype))
 
     def states(self, x, depths):
         """Hidden states (B, T, C) after each of so many blocks, in rising order, of input embeddings x (B, T, C), which

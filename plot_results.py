@@ -4,9 +4,9 @@ Figures of one or several runs, from their metrics.jsonl.
     python plot_results.py logs/standard logs/heat --out=figures
     python plot_results.py out-compare-* --out=figures
 
-Draws what the runs have measured: loss and accuracy against steps; and of runs of train_diffusion_attention.py the training
-dynamics of calibration, the trade-off between perplexity and calibration, reliability diagrams, and, where the depths
-differ, calibration and the learned diffusion time against depth beside the law t = 0.28 * sqrt(4 / L).
+Draws what the runs have measured: loss, accuracy and perplexity against steps; and of runs of train_diffusion_attention.py
+the training dynamics of calibration, the trade-off between perplexity and calibration, reliability diagrams, and, where the
+depths differ, calibration and the learned diffusion time against depth beside the law t = 0.28 * sqrt(4 / L).
 """
 import json
 import math
@@ -47,7 +47,7 @@ class Run:
             raise UserError(f'{path} holds no evaluation yet')
         for entry in self.evaluations:
             if 'val_nelbo_stderr' not in entry and 'val_collapsed' not in entry:  # there val_loss is no cross entropy
-                entry.setdefault('val_perplexity', math.exp(entry['val_loss']))
+                entry.setdefault('val_perplexity', math.exp(min(entry['val_loss'], 700)))
 
     def curve(self, name):
         """Iterations and values of one metric, where it was measured."""
@@ -141,7 +141,8 @@ def time_law(axes, runs):
 
 
 def main(argv):
-    config, folders = configure(argv, PlotConfig, description=__doc__, positional=('run', 'folders of runs'))
+    positional = ('run', 'folders of runs, or their metrics.jsonl')
+    config, folders = configure(argv, PlotConfig, description=__doc__, positional=positional)
     if not folders:
         raise UserError('name the folders of one or more runs')
     runs = [Run(folder) for folder in folders]

@@ -468,6 +468,8 @@ class Trainer:
 
 def refuse_tokenizer(what_fails, state, meta):
     """Raises UserError where a checkpoint's tokenizer is not that of the data set."""
+    if state['tokenizer'] is None:
+        raise UserError(f'{what_fails}: its tokenizer is unknown here')
     if state['tokenizer'] != meta['tokenizer']:
         raise UserError(f"{what_fails}: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
                         f"set has {meta['tokenizer']['name']} or another vocabulary of that name")

@@ -23,7 +23,7 @@ import checkpoint
 from calibration import calibration, calibration_sums
 from configurator import UserError, build, option, read_values, run
 from machine import setup_ranks
-from model import GPTConfig
+from model import LEAST_HEAT_TIME, GPTConfig
 from objectives import IGNORE, NEXT_TOKEN, ignoring, means, parts_of, prediction_sums, sum_in_chunks
 from prepare import load_meta
 from tokenizer import tokenizer_from_meta
@@ -75,6 +75,9 @@ class ExperimentConfig:
             raise UserError(f't_max={self.t_max} must be above t_min={self.t_min}, and finite')
         if self.d_model % self.n_heads:
             raise UserError(f'd_model={self.d_model} must be a multiple of n_heads={self.n_heads}')
+        if self.save_every < 0 or self.fixed_t < LEAST_HEAT_TIME:
+            raise UserError(f'save_every={self.save_every} must be at least 0, fixed_t={self.fixed_t} at least '
+                            f'{LEAST_HEAT_TIME}')
         adaptive = 'diffusion_adaptive'
         for name, owner in (('fixed_t', 'diffusion_fixed'), ('t_min', adaptive), ('t_max', adaptive)):
             if getattr(self, name) != getattr(type(self), name) and self.model != owner:
@@ -137,10 +140,9 @@ def model_config(c):
         return GPTConfig(**sizes)
     if c.model == 'diffusion_fixed':
         return GPTConfig(model_type='heat', heat_t=str(c.fixed_t), **sizes)
-    if c.model == 'diffusion_adaptive':
-        return GPTConfig(model_type='heat', heat_t='adaptive', heat_t_min=c.t_min, heat_t_max=c.t_max,
-                         published=c.published, **sizes)
-    raise ValueError(f"model={c.model!r} is not one of: {', '.join(MODELS)}")
+    assert c.model == 'diffusion_adaptive', 'one of MODELS'
+    return GPTConfig(model_type='heat', heat_t='adaptive', heat_t_min=c.t_min, heat_t_max=c.t_max,
+                     published=c.published, **sizes)
 
 
 def train_config(c):
@@ -149,7 +151,7 @@ def train_config(c):
     name = c.exp_name or f'{c.model}_{time.strftime("%Y%m%d_%H%M%S")}'
     length = dict(max_iters=c.max_iters) if c.max_iters else dict(num_epochs=c.epochs)
     out_dir = c.resume or os.path.join(c.log_dir, name)
-    if not c.resume and os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
+    if not c.resume and os.path.exists(os.path.join(out_dir, checkpoint.FILES['last'])):
         raise UserError(f'{out_dir} holds a run: --resume={out_dir} goes on with it, another --exp_name starts a new one')
     return TrainConfig(
         out_dir=out_dir, init_from='resume' if c.resume else 'scratch',
@@ -171,24 +173,31 @@ def finish(out_dir):
     checkpoint.second_name(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
 
 
-def without_none(argv):
-    """Arguments, those left out that are set to None, as the published defaults are written."""
-    argv = [word for word in argv if not (word.startswith('--') and word.endswith('=None'))]
-    nones = [i for i, word in enumerate(argv) if word == 'None' and i and argv[i - 1].startswith('--')]
-    return [word for i, word in enumerate(argv) if i not in nones and i + 1 not in nones]
+def with_none(argv):
+    """Arguments in which None, as some published defaults are written, is what it means here."""
+    meant = {'max_tokens': '0', 'save_every': '0', 'exp_name': '', 'resume': ''}
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        name, separate, value = word.removeprefix('--').partition('=')
+        if name in meant and value == 'None':
+            argv[i] = f'--{name}={meant[name]}'
+        elif name in meant and not separate and argv[i + 1:i + 2] == ['None']:
+            argv[i + 1] = meant[name]
+    return argv
 
 
 def read_settings(argv):
     """-> ExperimentConfig, and the checkpoint to resume or None. With --resume the settings are those of the run, but for
     what is given now, which may not change what is learned."""
-    values, _ = read_values(without_none(argv), ExperimentConfig, description=__doc__)
+    values, _ = read_values(with_none(argv), ExperimentConfig, description=__doc__)
     if not values.get('resume'):
         return build(values, ExperimentConfig)[0], None
     state = checkpoint.load(checkpoint.find(values['resume'], 'last'))
     before = state.get('experiment')
     if not before:
-        raise UserError(f"resume={values['resume']!r} is not a run of this script: go on with it by train.py")
-    for name in ('published', 'ignore_text', 'exp_name', 'log_dir'):
+        raise UserError(f"resume={values['resume']!r} was not made by this script, or by an older one of it")
+    for name in ('model', 'fixed_t', 'n_layers', 'd_model', 'd_ff', 'n_heads', 't_min', 't_max', 'seq_len', 'published',
+                 'dataset', 'max_tokens', 'stride', 'ignore_text', 'exp_name', 'log_dir'):
         if values.get(name, before[name]) != before[name]:
             raise UserError(f'{name}={values[name]}: a resumed run keeps {name}={before[name]!r}')
     return build(before | values, ExperimentConfig)[0], state

@@ -23,7 +23,5 @@ VARIANTS = {
     'drifting': {'model_type': 'drifting'},
     'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
 }
-EACH_TYPE = []  # the first variant of each type
-for name, changes in VARIANTS.items():
-    if all(VARIANTS[other].get('model_type') != changes.get('model_type') for other in EACH_TYPE):
-        EACH_TYPE.append(name)
+_FIRST = {changes.get('model_type', 'gpt2'): name for name, changes in reversed(VARIANTS.items())}
+EACH_TYPE = tuple(reversed(_FIRST.values()))  # the first variant of each type

@@ -9,7 +9,6 @@ model_type = 'diffusion'
 gradient_accumulation_steps = 8
 batch_size = 64
 data_order = 'random'
-bias = False
 max_iters = 1_000_000
 learning_rate = 3e-4
 lr_schedule = 'constant'

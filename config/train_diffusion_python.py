@@ -9,7 +9,6 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-bias = False
 batch_size = 32
 max_iters = 1500
 learning_rate = 3e-3

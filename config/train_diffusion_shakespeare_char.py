@@ -9,7 +9,6 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 block_size = 128
-bias = False
 batch_size = 32
 data_order = 'random'
 max_iters = 1000

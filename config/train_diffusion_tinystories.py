@@ -9,7 +9,6 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 block_size = 64
-bias = False
 batch_size = 32
 max_iters = 2000
 learning_rate = 2e-3

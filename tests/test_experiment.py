@@ -252,7 +252,7 @@ def test_each_script_goes_on_with_its_own_runs_alone(go, tiny, capsys):
         go()
     config, model_config = tiny(out_dir='plain')
     train.train(config, model_config)
-    with pytest.raises(UserError, match='train.py'):
+    with pytest.raises(UserError, match='not made by this script'):
         experiment.main([f'--resume={config.out_dir}'])
     sample.main([f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu'])
     assert '5 tokens' in capsys.readouterr().err

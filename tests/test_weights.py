@@ -128,7 +128,8 @@ def test_given_rates_of_rotating_gp_are_used(tmp_path, start, vocab_size):
 
 @pytest.mark.parametrize('change, reason', [
     (lambda c, w: c.update(vocab_size=300), 'vocab_size=300'), (lambda c, w: c.pop('n_positions'), 'lacks n_positions'),
-    (lambda c, w: w.pop('transformer.wte.weight'), 'no rows'), (lambda c, w: w.update({'transformer.a': {}}), 'no tensor'),
+    (lambda c, w: w.pop('transformer.wte.weight'), 'wte.weight is missing'),
+    (lambda c, w: w.update({'transformer.a': {}}), 'no tensor'),
     (lambda c, w: w.update({'lm_head.weight': w['lm_head.weight'] + 1}), 'lm_head.weight'),
     (lambda c, w: c.update(model_type='parallel-gpt2'), '--model_type=parallel'),
     (lambda c, w: c.update(model_type='mamba-gpt2'), 'mamba-gpt2'),
