@@ -404,7 +404,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
-        self.looks_around = config.model_type == 'diffusion' and config.has_rotary and config.bias
+        first_half = 2 * layer < config.n_layer
+        self.looks_around = config.model_type == 'diffusion' and config.has_rotary and config.bias and first_half
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True
@@ -417,14 +418,14 @@ class CausalSelfAttention(nn.Module):
 
     @torch.no_grad()
     def look_around(self):
-        """diffusion: half of the heads of the first block start out looking one place back, one ahead, two back, and so on,
-        by biases of q and k, which rotary positions turn into a preference for a distance.
+        """diffusion: the heads of the first half of the blocks start out looking one place back, one ahead, two back, and so
+        on, by biases of q and k, which rotary positions turn into a preference for a distance.
 
         All that a [MASK] knows is its place. From heads that look everywhere alike, training takes thousands of steps to
         find the neighbours, and until then it learns no more than how often each token occurs (LOG.md)."""
         D = self.c_attn.in_features // self.n_head
         bias = self.c_attn.bias.view(3, self.n_head, D // 2, 2)
-        for head, rates in enumerate(self.rope.frequencies[:self.n_head // 2]):
+        for head, rates in enumerate(self.rope.frequencies):
             distance = (1 + head // 2) * (1 if head % 2 else -1)
             near = LOOK_AROUND * (rates > 0.05)  # slower pairs tell no neighbours apart
             bias[0, head] = torch.stack((near, 0 * near), dim=-1)
