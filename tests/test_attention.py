@@ -321,7 +321,7 @@ def test_diffusion_is_noise_of_its_own_everywhere_in_training_only(form, std):
         direction = torch.randn_like(y)
         found, = torch.autograd.grad((direction * y).sum(), attn.diffusion_param)
         assert_close(found, (direction * noise).sum((0, 2)), 1e-4)
-    attn.config = replace(attn.config, apply_diffusion=False)
+    attn.config = replace(attn.config, apply_diffusion=False, diffusion_std=GPTConfig.diffusion_std)
     assert torch.equal(calm, attended(attn, x))
 
 
