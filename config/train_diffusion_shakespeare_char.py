@@ -1,7 +1,7 @@
 # Masked diffusion of Shakespeare's characters on a laptop's CPU
 #   python prepare.py shakespeare --tokenizer=char
 #   python train.py config/train_diffusion_shakespeare_char.py
-# With --diffusion_objective=nelbo --max_iters=600 a validation loss (the bound) of 2.19 nats, one seed (LOG.md); as it stands
+# With --diffusion_objective=nelbo --max_iters=600 a validation loss (the bound) of 2.19 nats, one seed (LOG.md); as it is
 # neither its time nor its loss has been measured; the rate is not tuned.
 out_dir = 'out-diffusion-shakespeare-char'
 dataset = 'shakespeare_char'
