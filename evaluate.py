@@ -64,9 +64,10 @@ class EvalConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
-        if self.figure and not (self.figure.endswith('.png') and os.path.isdir(os.path.dirname(self.figure) or '.')):
-            raise UserError(f'figure={self.figure} must be a .png file in a folder that exists: there is no such folder, or '
-                            'another ending')
+        if self.figure and not self.figure.endswith('.png'):
+            raise UserError(f'figure={self.figure} must end in .png')
+        if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
+            raise UserError(f'figure={self.figure}: there is no such folder')
 
 
 @dataclass

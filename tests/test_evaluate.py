@@ -58,6 +58,8 @@ def test_a_reliability_figure(go, tmp_path):
     assert (tmp_path / 'reliability.png').read_bytes().startswith(b'\x89PNG') and 'reliability.png' in out
     with pytest.raises(UserError, match='no such folder'):
         go('gpt2', '--figure=/nowhere/at/all.png')
+    with pytest.raises(UserError, match='must end in .png'):
+        go('gpt2', f'--figure={tmp_path}/all.txt')
 
 
 def last_validation(folder):
