@@ -153,19 +153,19 @@ def evaluate_run(config, folder):
             return known
     c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 10), length=config.length)
     how = evaluate.DrawConfig()
-    device = pick_device(config.device)
-    dtype = pick_dtype('auto', device)
-    entry = evaluate.load(c, folder, device)
-    found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, Ranks(device=device), dtype), 'quality': {}}
+    alone = Ranks(device=pick_device(config.device))
+    dtype = pick_dtype('auto', alone.device)
+    entry = evaluate.load(c, folder, alone.device)
+    found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, alone, dtype), 'quality': {}}
     if config.samples:
-        judge = evaluate.load(c, os.path.join(config.out_dir, 'runs', JUDGE), device)
+        judge = evaluate.load(c, os.path.join(config.out_dir, 'runs', JUDGE), alone.device)
         evaluate.refuse_judge(c, judge, [entry])
-        rows = evaluate.sample_quality(c, how, [entry], judge)
+        rows = evaluate.sample_quality(c, how, [entry], judge, alone)
         found['quality'] = rows.pop(entry.name)
         found['others'] = rows
     few = evaluate.EvalConfig(num_samples=10, length=config.length, seed=derive_seed(c.seed, 10) % 2 ** 31)
     eot = load_meta(os.path.join(config.data_dir, config.dataset))['eot']
-    samples, _, _ = evaluate.draw_samples(entry, few, how, [eot] * few.num_samples)
+    samples, _, _ = evaluate.draw_samples(entry, few, how, [eot] * few.num_samples, alone)
     found['texts'] = [entry.tokenizer.decode(row.tolist()) for row in samples[:SHOWN]]
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(found, f)

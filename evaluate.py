@@ -3,6 +3,7 @@ One table over any checkpoints: what may be compared, and what may not.
 
     python evaluate.py --out_dir=out-gpt2,out-duo,out-diffusion
     python evaluate.py --out_dir=out-gpt2,out-diffusion --judge=out-judge --num_samples=1000 --length=64
+    python evaluate.py --out_dir=out-diffusion --judge=out-judge --ways='max_steps=8;max_steps=8,remask=flag'
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=...      the same numbers, sooner
 
 Causal types: loss, perplexity, bits per byte, accuracy, calibration. Diffusion: an upper bound of the loss, with its
@@ -13,7 +14,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,12 +27,12 @@ import checkpoint
 import ngrams
 import quality
 from calibration import calibration, calibration_sums
-from configurator import UserError, configure, option, run
+from configurator import UserError, configure, option, read_values, run
 from data import Windows, derive_seed
 from machine import DTYPES, pick_dtype, setup_ranks
 from objectives import LEVELS, NEXT_TOKEN, add, level_of, means, over_windows, prediction_sums, sum_in_chunks
 from prepare import load_meta
-from refinement import RefineConfig
+from refinement import RefineConfig, refuse_undefined
 from runlog import finite
 from tokenizer import tokenizer_from_meta
 
@@ -54,6 +55,7 @@ class EvalConfig:
     judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
     num_samples: int = option(1000, 'samples of each model')
     length: int = option(64, 'tokens of each sample')
+    ways: str = option('', "diffusion: several ways to draw samples, a row each: 'max_steps=8;max_steps=8,remask=flag'")
     seed: int = option(1337, 'of samples and of what they are compared with')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
@@ -184,27 +186,40 @@ def likelihood(config, entry, ranks, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
 
-def draw_samples(entry, config, how, first_tokens):
-    """-> samples (num_samples, length), forward passes for each, seconds. A causal model goes on from the first tokens
-    (num_samples,), since it cannot predict them."""
-    model, device, parts, passes = entry.model, entry.model.device, [], 0.0
+def draw_samples(entry, config, how, first_tokens, ranks):
+    """-> samples (num_samples, length), forward passes for each, seconds; the same on any number of ranks. A causal model
+    goes on from the first tokens (num_samples,), since it cannot predict them."""
+    model, parts = entry.model, {}  # {number of its first sample: (ids, forward passes)}
     started = time.perf_counter()
-    for number in range(0, config.num_samples, SAMPLES_AT_ONCE):
-        first = torch.as_tensor(first_tokens[number:number + SAMPLES_AT_ONCE], device=device)[:, None]
+    for number in range(ranks.rank * SAMPLES_AT_ONCE, config.num_samples, ranks.world_size * SAMPLES_AT_ONCE):
+        first = torch.as_tensor(first_tokens[number:number + SAMPLES_AT_ONCE], device=model.device)[:, None]
         seed = derive_seed(config.seed, 5, number)
         if model.config.model_type == 'diffusion':
-            canvas = torch.full((len(first), config.length), model.config.vocab_size, device=device)
+            canvas = torch.full((len(first), config.length), model.config.vocab_size, device=model.device)
             *_, step = model.refine(canvas, how, seed)
-            parts.append(step.ids.cpu())
-            passes += float(step.passes.sum())
+            parts[number] = step.ids.cpu(), float(step.passes.sum())
         elif model.config.model_type == 'drifting':
-            parts.append(model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu())
-            passes += len(first)
+            parts[number] = model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu(), len(first)
         else:
             columns = model.generate(first, config.length - 1, how.temperature, how.top_k or None, how.top_p, seed)
-            parts.append(torch.cat((first, torch.stack(list(columns), dim=1)), dim=1).cpu())
-            passes += len(first) * (config.length - 1)
-    return torch.cat(parts).numpy(), passes / config.num_samples, time.perf_counter() - started
+            ids = torch.cat((first, torch.stack(list(columns), dim=1)), dim=1).cpu()
+            parts[number] = ids, len(first) * (config.length - 1)
+    everyones = {number: part for found in ranks.gather(parts) for number, part in found.items()}
+    ids, passes = zip(*(everyones[number] for number in sorted(everyones)))
+    return torch.cat(ids).numpy(), sum(passes) / config.num_samples, time.perf_counter() - started
+
+
+def ways_to_draw(config, how, entry):
+    """{name: DrawConfig} for an Entry: of diffusion each of config.ways, which is `how` with some settings changed."""
+    texts = [way.strip() for way in config.ways.split(';') if way.strip()]
+    if entry.model.config.model_type != 'diffusion' or not texts:
+        texts = ['']
+    settings = {text: [f'--{setting.strip()}' for setting in text.split(',') if setting] for text in texts}
+    ways = {text: replace(how, **read_values(given, DrawConfig)[0]) for text, given in settings.items()}
+    if entry.model.config.model_type == 'diffusion':
+        for way in ways.values():
+            refuse_undefined(way, entry.model.config)
+    return ways
 
 
 def held_out_halves(folder, meta, config):
@@ -239,20 +254,36 @@ def refuse_judge(config, judge, entries):
     held_out_halves(*data_of(config, entries[0]), config)
 
 
-def sample_quality(config, how, entries, judge):
-    """{row: {name: number}}: each model, and the rows that keep everyone honest."""
-    folder, meta = data_of(config, entries[0])
-    reference, rest = held_out_halves(folder, meta, config)
-    train = np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype'], count=NGRAM_TOKENS).astype(np.int64)
-    rng, n, T = np.random.default_rng(derive_seed(config.seed, 7)), config.num_samples, config.length
+def honest_rows(config, folder, meta, rest):
+    """{row: samples} of real text, n-gram models and shuffled spans, which keep everyone honest."""
+    train, rng = training_text(folder, meta), np.random.default_rng(derive_seed(config.seed, 7))
+    n, T = config.num_samples, config.length
     rows = {'real text': rest} | {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
-    rows['shuffled spans'] = ngrams.shuffled_spans(train, n, T, rng)
-    first_tokens, costs = ngrams.real(train, n, 1, rng)[:, 0], {}
+    return rows | {'shuffled spans': ngrams.shuffled_spans(train, n, T, rng)}
+
+
+def training_text(folder, meta):
+    return np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype'], count=NGRAM_TOKENS).astype(np.int64)
+
+
+def sample_quality(config, how, entries, judge, ranks):
+    """{row: {name: number}} on the first rank: the honest rows, then each model, each way of drawing from it."""
+    folder, meta = data_of(config, entries[0])
+    rng = np.random.default_rng(derive_seed(config.seed, 8))
+    first_tokens, drawn = ngrams.real(training_text(folder, meta), config.num_samples, 1, rng)[:, 0], {}
     for entry in entries:
-        rows[entry.name], passes, seconds = draw_samples(entry, config, how, first_tokens)
-        costs[entry.name] = {'nfe': passes, 'tokens_per_s': n * T / seconds}
+        for name, way in ways_to_draw(config, how, entry).items():
+            drawn[f'{entry.name} {name}'.strip()] = draw_samples(entry, config, way, first_tokens, ranks)
+    if not ranks.first:
+        return {}
+    reference, rest = held_out_halves(folder, meta, config)
     judged = quality.Judged(judge.model, reference)
-    return {name: quality.describe(samples, judged, config.seed) | costs.get(name, {}) for name, samples in rows.items()}
+    found = {row: quality.describe(samples, judged, config.seed)
+             for row, samples in honest_rows(config, folder, meta, rest).items()}
+    for row, (samples, passes, seconds) in drawn.items():
+        costs = {'nfe': passes, 'tokens_per_s': samples.size / seconds}
+        found[row] = quality.describe(samples, judged, config.seed) | costs
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,10 +340,10 @@ def evaluate(config, how, ranks):
     judge = load(config, config.judge, ranks.device) if config.judge else None
     if judge:
         refuse_judge(config, judge, entries)
+        for entry in entries:
+            ways_to_draw(config, how, entry)  # a mistake shows before the work
     found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
-    samples = {}
-    if judge and ranks.first:
-        samples = sample_quality(config, how, entries, judge)
+    samples = sample_quality(config, how, entries, judge, ranks) if judge else {}
     ranks.gather(None)  # the others wait
     if ranks.first:
         tell(config, entries, found, samples)

@@ -108,15 +108,19 @@ def test_a_stride_gives_each_prediction_its_context(go, runs, place):
 
 
 def test_two_ranks_find_the_same(runs, fork_ranks, tmp_path):
-    argv = [f'--out_dir={runs["gpt2"]},{runs["repair"]}', '--device=cpu', '--batch_size=4', '--windows=30']
+    argv = [f'--out_dir={runs["gpt2"]},{runs["repair"]}', '--device=cpu', '--batch_size=4', '--windows=30',
+            f'--judge={runs["judge"]}', '--num_samples=120', '--length=8', '--max_steps=2']
     for process in (ranks := fork_ranks(evaluate_quietly, argv)):
         process.join(120)
     said = (tmp_path / 'fork.out').read_text()
     assert [p.exitcode for p in ranks] == [0, 0], said
-    two = json.loads(said.splitlines()[-1])['likelihood']
+    two = json.loads(said.splitlines()[-1])
     config, how, _ = evaluate.configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
-    one, _ = evaluate.evaluate(config, how, evaluate.setup_ranks('cpu', 'gloo', 60))
-    assert json.dumps(two) == json.dumps(evaluate.finite(one))
+    one, samples = evaluate.evaluate(config, how, evaluate.setup_ranks('cpu', 'gloo', 60))
+    assert json.dumps(two['likelihood']) == json.dumps(evaluate.finite(one))
+    for row in [*two['samples'].values(), *samples.values()]:
+        row.pop('tokens_per_s', None)
+    assert two['samples'] == samples
 
 
 def evaluate_quietly(argv):
@@ -138,6 +142,22 @@ def test_samples_of_every_type_stand_beside_real_text_and_ngrams(go, runs):
     for row in again.values():
         row.pop('tokens_per_s', None)
     assert again == rows
+
+
+def test_ways_are_rows(go, runs):
+    args = [f'--judge={runs["judge"]}', '--num_samples=20', '--length=16', '--windows=4', '--max_steps=4']
+    ways = 'strategy=random; max_steps=2,remask=flag'
+    found = go('gpt2,repair', *args, f'--ways={ways}')[1]['samples']
+    named = [f'{runs["repair"]} {way}' for way in ways.split('; ')]
+    assert list(found)[5:] == [runs['gpt2'], *named]
+    alone = go('repair', *args, '--max_steps=2', '--remask=flag')[1]['samples'][runs['repair']]
+    together = found[f'{runs["repair"]} max_steps=2,remask=flag']
+    assert {**alone, 'tokens_per_s': 0} == {**together, 'tokens_per_s': 0}
+    assert found[f'{runs["repair"]} strategy=random'] != together
+    with pytest.raises(UserError, match='only the repair objective'):
+        go('repair,nelbo', *args, f'--ways={ways}')
+    with pytest.raises(UserError, match='temperatur'):
+        go('repair', *args, '--ways=temperatur=1')
 
 
 def test_real_text_is_not_compared_with_itself(runs, place):
