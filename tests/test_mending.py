@@ -1,0 +1,71 @@
+"""mending.py: what is counted, against loops over single tokens; a model that has learned to flag finds what is wrong."""
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import mending
+import train
+from configurator import UserError
+from objectives import ranks
+from refinement import RefineConfig
+
+
+@pytest.fixture(scope='module')
+def run_dir(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mending')
+    assert train.main(['--dataset=tiny_byte', f'--data_dir={data_dir}', f'--out_dir={folder}', '--model_type=diffusion',
+                       '--max_iters=150', '--eval_interval=150', '--eval_iters=2', '--batch_size=32', '--n_layer=2',
+                       '--n_head=2', '--n_embd=32', '--block_size=16', '--device=cpu', '--compile=False',
+                       '--learning_rate=1e-2']) == 0
+    return str(folder)
+
+
+@pytest.mark.parametrize('source', mending.SOURCES)
+def test_the_counts_are_those_of_a_loop(run_dir, source):
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(run_dir)))
+    tokens = torch.randint(model.config.vocab_size, (6, 16), generator=torch.Generator().manual_seed(3))
+    rng = torch.Generator().manual_seed(1)
+    before = mending.SOURCES[source](model, tokens, ranks(tokens.shape, rng) < 8, rng)
+    assert source == 'by the model' or (before != tokens).sum() == 6 * 8
+    seen, refine = [], model.refine
+
+    def watched(ids, *args):
+        *_, step = refine(ids, *args)
+        seen.append((ids, step.ids))
+        yield step
+    model.refine = watched
+    how = RefineConfig(max_steps=4, flag_threshold=0.3)
+    found = mending.mend(model, tokens, source, 0.5, how, torch.Generator().manual_seed(1))
+    for way, (opened, after) in zip(found, seen[-2:]):
+        counts = dict.fromkeys(found[way], 0)
+        for b in range(6):
+            for t in range(16):
+                hidden, wrong = opened[b, t] == model.config.vocab_size, before[b, t] != tokens[b, t]
+                right_after = after[b, t] == tokens[b, t]
+                counts['tokens'] += 1
+                counts['wrong'] += int(wrong)
+                counts['found'] += int(hidden)
+                counts['hits'] += int(wrong and hidden)
+                counts['mended'] += int(wrong and right_after)
+                counts['spoiled'] += int(not wrong and not right_after)
+                counts['wrong_after'] += int(not right_after)
+        assert found[way] == counts
+    assert found['flag']['found'] == found['confidence']['found'] > 0
+
+
+def test_a_trained_model_finds_more_than_chance(run_dir, capsys):
+    mending.main([f'--out_dir={run_dir}', '--share=0.2', '--windows=32', '--device=cpu', '--max_steps=4'])
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert list(found) == [f'{source}, {way}' for source in mending.SOURCES for way in ('flag', 'confidence')]
+    row = found['by chance, flag']
+    assert row['wrong'] == pytest.approx(3 / 16) and row['precision'] > 2 * row['wrong'] and row['recall'] > 0.2
+    assert row['wrong_after'] < row['wrong'] and 'spoiled' in out
+
+
+def test_mistakes_are_one_line(run_dir, encoder):
+    for mistake, words in {'--share=0': 'share', f'--out_dir={encoder}': 'only a model', '--windows=-1': 'windows'}.items():
+        with pytest.raises(UserError, match=words):
+            mending.main([f'--out_dir={run_dir}', mistake])
