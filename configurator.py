@@ -94,7 +94,8 @@ def _build_parser(classes, description, positional):
             choices = f.metadata.get('choices')
             text = f.metadata.get('help', '') + (f" ({', '.join(map(str, choices))})" if choices else '')
             default = '' if f.default is MISSING else f" [{f.default!r}]"
-            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
+            flag = {'nargs': '?', 'const': 'True'} if f.type is bool else {}  # --animate alone is --animate=True
+            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, **flag,
                                help=(text + default).replace('%', '%%'))
     return parser
 

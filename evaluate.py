@@ -58,7 +58,8 @@ class EvalConfig:
     ways: str = option('', "diffusion: several ways to draw samples, a row each: 'max_steps=8;max_steps=8,remask=flag'")
     seed: int = option(1337, 'of samples and of what they are compared with')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
+    dtype: str = option('auto', 'of likelihoods: auto takes the fastest safe one; samples are drawn in float32',
+                        ('auto', *DTYPES))
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
 
     def __post_init__(self):
@@ -66,6 +67,8 @@ class EvalConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        if self.ways and not self.judge:
+            raise UserError('ways are ways to draw samples, which need a --judge')
         if self.figure and not self.figure.endswith('.png'):
             raise UserError(f'figure={self.figure} must end in .png')
         if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
@@ -128,13 +131,13 @@ def diffusion_scores(model, X, Y, W):
     for name, rows in [('all', torch.ones_like(level, dtype=torch.bool))] + [(p, level == p) for p in LEVELS]:
         where = masked & rows[:, None]
         if where.any():
-            found = calibration_sums(model.head(x[where])[:, :mask], Y[where])
+            found = sum_in_chunks(model, x[where], Y[where], lambda logits, y: calibration_sums(logits[:, :mask], y))
             sums |= {f'at_{name}_{key}': total for key, total in found.items()}
     return sums
 
 
-def diffusion_summary(model, sums):
-    found = model.objective.summary({name: total for name, total in sums.items() if not name.startswith('at_')})
+def diffusion_summary(model, sums, draws):
+    found = model.objective.summary({name: total for name, total in sums.items() if not name.startswith('at_')}, draws)
     for name in ('all', *LEVELS):
         part = {key.removeprefix(f'at_{name}_'): total for key, total in sums.items() if key.startswith(f'at_{name}_')}
         if part:
@@ -173,7 +176,7 @@ def likelihood(config, entry, ranks, dtype):
         sums = [over_windows(windows, offsets, batch_size, objective.eval_batch, partial(diffusion_scores, model),
                              ranks, dtype, seeds=(draw,) * bool(draw)) for draw in range(config.draws)]
         sums = add(sums)
-        found = diffusion_summary(model, sums)
+        found = diffusion_summary(model, sums, config.draws)
     else:
         sums = over_windows(windows, offsets, batch_size, objective.make_batch, partial(causal_scores, model), ranks, dtype,
                             counted=config.stride)
@@ -218,7 +221,7 @@ def ways_to_draw(config, how, entry):
     ways = {text: replace(how, **read_values(given, DrawConfig)[0]) for text, given in settings.items()}
     if entry.model.config.model_type == 'diffusion':
         for way in ways.values():
-            refuse_undefined(way, entry.model.config)
+            refuse_undefined(way, entry.model)
     return ways
 
 
@@ -267,23 +270,22 @@ def training_text(folder, meta):
 
 
 def sample_quality(config, how, entries, judge, ranks):
-    """{row: {name: number}} on the first rank: the honest rows, then each model, each way of drawing from it."""
+    """{row: {name: number}}: the honest rows, then each model, each way of drawing from it."""
     folder, meta = data_of(config, entries[0])
     rng = np.random.default_rng(derive_seed(config.seed, 8))
     first_tokens, drawn = ngrams.real(training_text(folder, meta), config.num_samples, 1, rng)[:, 0], {}
     for entry in entries:
         for name, way in ways_to_draw(config, how, entry).items():
             drawn[f'{entry.name} {name}'.strip()] = draw_samples(entry, config, way, first_tokens, ranks)
-    if not ranks.first:
-        return {}
     reference, rest = held_out_halves(folder, meta, config)
-    judged = quality.Judged(judge.model, reference)
-    found = {row: quality.describe(samples, judged, config.seed)
-             for row, samples in honest_rows(config, folder, meta, rest).items()}
+    judged, found = quality.Judged(judge.model, reference), {}
+    rows = honest_rows(config, folder, meta, rest) | {row: samples for row, (samples, _, _) in drawn.items()}
+    for row in list(rows)[ranks.rank::ranks.world_size]:
+        found[row] = quality.describe(rows[row], judged, config.seed)
+    everyones = {row: its for found in ranks.gather(found) for row, its in found.items()}
     for row, (samples, passes, seconds) in drawn.items():
-        costs = {'nfe': passes, 'tokens_per_s': samples.size / seconds}
-        found[row] = quality.describe(samples, judged, config.seed) | costs
-    return found
+        everyones[row] |= {'nfe': passes, 'tokens_per_s': samples.size / seconds}
+    return {row: everyones[row] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +346,6 @@ def evaluate(config, how, ranks):
             ways_to_draw(config, how, entry)  # a mistake shows before the work
     found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
     samples = sample_quality(config, how, entries, judge, ranks) if judge else {}
-    ranks.gather(None)  # the others wait
     if ranks.first:
         tell(config, entries, found, samples)
         draw_reliability(config, found)

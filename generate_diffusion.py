@@ -20,7 +20,7 @@ import checkpoint
 import watch
 from configurator import UserError, configure, option, run
 from data import derive_seed
-from machine import DTYPES, autocast, pick_device, pick_dtype
+from machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from refinement import RefineConfig, Step, refuse_undefined
 from sample import read_prompt
 from tokenizer import tokenizer_from_meta
@@ -58,8 +58,10 @@ class GenerateConfig:
             raise UserError('animate, html and num_samples have no meaning for --repair')
         if self.to and not self.repair:
             raise UserError('to is where --repair writes: give a text to repair')
-        if self.html and not os.path.isdir(os.path.dirname(self.html) or '.'):
-            raise UserError(f'html={self.html}: there is no such folder')
+        for name in ('html', 'to'):
+            path = getattr(self, name)
+            if path and not os.path.isdir(os.path.dirname(path) or '.'):
+                raise UserError(f'{name}={path}: there is no such folder')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,8 +162,9 @@ def doubted(model, ids, threshold):
     """Which of the token ids (T,) the model answers with [MASK], block by block -> (T,) bool."""
     found = []
     for block in ids.split(model.config.block_size):
-        logits, _ = model(block[None].to(model.device))
-        found.append((logits[0].double().softmax(-1)[:, -1] > threshold).cpu())
+        x = model.trunk(block[None].to(model.device))[0]
+        with exact(x.device):
+            found.append((model.head(x.float()).double().softmax(-1)[:, -1] > threshold).cpu())
     return torch.cat(found)
 
 
@@ -173,7 +176,9 @@ def repair(model, tokenizer, config, how, console):
     ids, mask, tally, parts = torch.tensor(tokenizer.encode(text)), model.config.vocab_size, Tally(), []
     if not len(ids):
         raise UserError(f'{config.repair} is empty')
+    started = time.perf_counter()
     wrong = doubted(model, ids, how.flag_threshold)
+    tally.seconds += time.perf_counter() - started
     for number, block in enumerate(ids.masked_fill(wrong, mask).split(model.config.block_size)):
         last, _, _ = tally.refine(model, block, 1, how, derive_seed(config.seed, number))
         parts += last.ids[0].tolist()
@@ -195,12 +200,11 @@ def write(path, data):
 
 def main(argv):
     config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
-    # mps has no float64, which tokens are drawn in
-    device = pick_device('cpu' if config.device == 'auto' and not torch.cuda.is_available() else config.device)
+    device = pick_device(config.device, float64=True)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
     state = checkpoint.open_run(config.out_dir, config.ckpt)
     model, tokenizer = checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer'])
-    refuse_undefined(how, model.config)
+    refuse_undefined(how, model)
     sys.stdout.reconfigure(encoding='utf-8', newline='')  # whatever the locale, and line ends as they are
     console = Console()
     with autocast(device, dtype):

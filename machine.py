@@ -48,10 +48,12 @@ class Ranks:
         return values
 
 
-def pick_device(name):
-    """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'. Raises UserError if this machine does not have it."""
+def pick_device(name, float64=False):
+    """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; auto leaves mps out where `float64` is needed, which it has
+    not. Raises UserError if this machine does not have it."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        mps = torch.backends.mps.is_available() and not float64
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     kind, _, index = name.partition(':')
     one_of('device', kind, ('cpu', 'cuda', 'mps'))
     there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]

@@ -4,9 +4,10 @@ How well a masked diffusion model of the repair objective finds wrong tokens in 
     python mending.py --out_dir=out-diffusion --share=0.1
 
 Wrong tokens are of two kinds: drawn by chance, as in training, and the model's own, drawn all at once where the text was
-hidden. They are looked for in two ways: by the flag, what the model answers with [MASK]; and by confidence, as many
-tokens of each window as the flag marks, those that the model finds least likely. What is found is opened again and
-refined as RefineConfig says. The last line of stdout is one JSON object.
+hidden. They are looked for by the flag, what the model answers with [MASK]; and, as many tokens of each window as the flag
+marks, by confidence: those least likely to the model with their place hidden (an eighth of the window at a time), or,
+without further passes, as it sees them, for which it was never trained. What is found is opened again and refined as
+RefineConfig says. The last line of stdout is one JSON object.
 """
 import json
 import os
@@ -17,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 import checkpoint
+import evaluate
 from configurator import UserError, configure, option, run
 from data import Windows, derive_seed
 from machine import pick_device
 from objectives import ranks
-from prepare import load_meta
 from refinement import RefineConfig, best
 
+GROUPS = 8  # parts of a window that are hidden one after the other
 COLUMNS = {'wrong': 'wrong before', 'found': 'reopened', 'precision': 'precision', 'recall': 'recall',
            'mended': 'of the wrong mended', 'spoiled': 'of the right spoiled', 'wrong_after': 'wrong after'}
 
@@ -38,7 +40,7 @@ class MendingConfig:
     share: float = option(0.1, 'of the tokens of each window that are replaced')
     batch_size: int = option(64, 'windows at once')
     seed: int = option(1337, 'of what is replaced, and by what')
-    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1'")
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1'; mps has no float64")
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
@@ -64,26 +66,39 @@ def by_the_model(model, tokens, where, rng):
 SOURCES = {'by chance': by_chance, 'by the model': by_the_model}
 
 
-@torch.inference_mode()
-def doubts(model, ids):
-    """Of token ids (B, T) the probability of [MASK] at each place, and that of the token itself where it is not [MASK]."""
+def doubts(model, x, ids):
+    """From hidden states x (B, T, C) the probability of [MASK] at each place, and that of the tokens ids (B, T) where the
+    answer is not [MASK]; (B, T) both."""
     found = []
-    for x, row in zip(model.trunk(ids), ids):
-        logits = model.head(x).double()
-        own = logits[:, :-1].softmax(-1).gather(1, row[:, None]).squeeze(1)
-        found.append((logits.softmax(-1)[:, -1], own))
+    for states, row in zip(x, ids):
+        logits = model.head(states).double()
+        found.append((logits.softmax(-1)[:, -1], logits[:, :-1].softmax(-1).gather(1, row[:, None]).squeeze(1)))
     return [torch.stack(part) for part in zip(*found)]
 
 
+def hidden_confidence(model, ids):
+    """The probability (B, T) of each of the token ids (B, T) where it is hidden, with one in GROUPS of the others."""
+    own = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    for group in range(GROUPS):
+        hidden = ids.clone()
+        hidden[:, group::GROUPS] = model.config.vocab_size
+        own[:, group::GROUPS] = doubts(model, model.trunk(hidden)[:, group::GROUPS], ids[:, group::GROUPS])[1]
+    return own
+
+
+@torch.no_grad()
 def mend(model, tokens, source, share, how, rng):
     """{way of looking: sums} for text tokens (B, T) of which a share is replaced."""
-    ids = SOURCES[source](model, tokens, (ranks(tokens.shape, rng) < int(share * tokens.size(1))).to(tokens.device), rng)
-    wrong = ids != tokens
-    flag, own = doubts(model, ids)
+    count = round(share * tokens.size(1))
+    ids = SOURCES[source](model, tokens, (ranks(tokens.shape, rng) < count).to(tokens.device), rng)
+    wrong, every = ids != tokens, torch.ones_like(ids, dtype=torch.bool)
+    flag, seen = doubts(model, model.trunk(ids), ids)
     flagged = flag > how.flag_threshold
+    ways = {'flag': flagged, 'confidence, hidden': best(-hidden_confidence(model, ids), every, flagged.sum(1)),
+            'confidence, seen': best(-seen, every, flagged.sum(1))}
     seed, sums = int(torch.randint(2 ** 31, (), generator=rng)), {}
-    for way, found in {'flag': flagged, 'confidence': best(-own, torch.ones_like(wrong), flagged.sum(1))}.items():
-        after = ids
+    for way, found in ways.items():
+        after = ids  # as they are, where nothing is found
         for step in model.refine(ids.masked_fill(found, model.config.vocab_size), how, seed):
             after = step.ids
         counts = {'tokens': torch.ones_like(wrong), 'wrong': wrong, 'found': found, 'hits': wrong & found,
@@ -116,14 +131,13 @@ def measure(model, windows, config, how):
 
 def main(argv):
     config, how, _ = configure(argv, MendingConfig, RefineConfig, description=__doc__)
-    state = checkpoint.open_run(config.out_dir, config.ckpt)
-    model = checkpoint.load_model(state, pick_device(config.device))
+    entry = evaluate.load(config, config.out_dir, pick_device(config.device, float64=True))
+    model, T = entry.model, entry.model.config.block_size
     if model.config.model_type != 'diffusion' or model.config.diffusion_objective != 'repair':
         raise UserError('only a model of --model_type=diffusion --diffusion_objective=repair flags wrong tokens')
-    folder = config.data or os.path.join(state['config']['data_dir'], state['config']['dataset'])
-    meta, T = load_meta(folder), model.config.block_size
-    if meta['tokenizer']['identity'] != state['tokenizer']['identity']:
-        raise UserError(f'{folder} was prepared with another tokenizer than {config.out_dir} was trained with')
+    if not round(config.share * T):
+        raise UserError(f'share={config.share} of {T} tokens is none: at least {1 / T:.3g}')
+    folder, meta = evaluate.data_of(config, entry)
     found = measure(model, Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T, T), config, how)
     table = Table(title=f'replaced tokens in windows of {T}', title_justify='left')
     for name in ('replaced', 'looked for by', *COLUMNS.values()):

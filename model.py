@@ -906,11 +906,9 @@ class GPT(nn.Module):
 
     def refine(self, idx, config, seed=None):
         """Yields a refinement.Step for each step of filling in idx (B, T)."""
-        refuse_undefined(config, self.config)
+        refuse_undefined(config, self)
         if idx.size(1) > self.config.block_size:
             raise UserError(f'{idx.size(1)} tokens do not fit block_size={self.config.block_size} of the model')
-        if idx.device.type == 'mps':
-            raise UserError('refinement draws in float64, which mps has not: use --device=cpu')
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         steps = refine(self.trunk, self.head, idx, self.config.vocab_size, config, rng)
         while True:

@@ -165,7 +165,7 @@ def prediction_sums(logits, targets):
 
 
 def sum_in_chunks(model, x, targets, measure=prediction_sums):
-    """The sums that `measure` finds in the logits of hidden states x (B, T, C), which are never held all at once."""
+    """The sums that `measure` finds in the logits of hidden states x (..., C), which are never held all at once."""
     rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
     return add([measure(model.head(x), y) for x, y in chunks])
@@ -349,7 +349,7 @@ def bound_sums(model, x, X, Y, W, mask):
     ce, best = answers(model, x[masked], Y[masked], mask)
     losses[masked], top[masked] = ce, best
     bound = (losses * W).mean(1).cpu().double()  # of each sequence, in nats per token
-    sums = {'nelbo_mean': bound.sum(), 'nelbo_squared': bound.square().sum(), 'nelbo_count': torch.tensor(float(len(bound)))}
+    sums = {'bounds_all': bound}
     correct = (top == Y).cpu() & masked.cpu()
     sums |= {'accuracy': correct.double().sum(), 'count': masked.cpu().double().sum()}
     return sums | by_level('masked', masked, level_of(masked), loss=losses)
@@ -375,12 +375,13 @@ def diffusion_metrics(model, X, Y, W, repair):
     return sums | (repair_sums(model, x[:n], X[:n], Y[:n], W[:n], mask) if repair else {})
 
 
-def diffusion_summary(sums):
-    """Means; the standard error of the bound; of the flags precision and recall in place of hits and false alarms."""
-    found = means(sums)
-    n = float(sums['nelbo_count'])
-    found['nelbo'] = found.pop('nelbo_mean')
-    found['nelbo_stderr'] = math.sqrt(max(0.0, found.pop('nelbo_squared') - found['nelbo'] ** 2) / n)
+def diffusion_summary(sums, draws=1):
+    """Means; the bound and its standard error over sequences, each an average over its `draws`; of the flags precision and
+    recall in place of hits and false alarms."""
+    bounds = sums['bounds_all'].view(draws, -1).mean(0)
+    found = means({name: value for name, value in sums.items() if name != 'bounds_all'})
+    found['nelbo'] = float(bounds.mean())
+    found['nelbo_stderr'] = float(bounds.std(correction=0)) / math.sqrt(len(bounds))
     for name in [name for name in found if name.endswith('_hits')]:
         level = name.removeprefix('flag_').removesuffix('hits')
         hits, alarms = float(sums[name]), float(sums[f'keep_{level}alarms'])
@@ -392,12 +393,12 @@ def diffusion_summary(sums):
 
 @torch.no_grad()
 def nelbo(model, tokens, draws, rng):
-    """The bound on -log p of token ids (B, T), in nats per token, and its standard error over B * draws terms."""
+    """The bound on -log p of token ids (B, T), in nats per token, and its standard error over the B sequences."""
     parts = []
     for _ in range(draws):
         X, Y, W = (t.to(tokens.device) for t in count_batch(tokens.cpu(), rng, mask=model.config.vocab_size))
         parts.append(bound_sums(model, model.trunk(X), X, Y, W, model.config.vocab_size))
-    found = diffusion_summary(add(parts))
+    found = diffusion_summary(add(parts), draws)
     return found['nelbo'], found['nelbo_stderr']
 
 

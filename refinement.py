@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import UserError, one_of, option
+from machine import exact
 from objectives import LOGITS_PER_CHUNK
 
 STRATEGIES = ('naive', 'ancestral', 'confidence', 'entropy', 'margin', 'random', 'threshold')
@@ -29,7 +30,7 @@ LOOP = {'t_on': 0.55, 't_off': 0.05, 'alpha_on': 0.9}  # of remdm-loop, as publi
 class RefineConfig:
     """In which order a canvas is filled, and what is taken back."""
     strategy: str = option('ancestral', 'which masked positions a step commits', STRATEGIES)
-    max_steps: int = option(25, 'steps, over all blocks together; threshold takes as many as it needs')
+    max_steps: int = option(25, 'steps, over all blocks together; threshold takes what it needs, without flags past these')
     block_length: int = option(0, 'open positions refined at a time, from left to right; 0 takes all')
     threshold: float = option(0.9, 'threshold: the confidence that commits')
     remask: str = option('none', 'which committed tokens are opened again', REMASKS)
@@ -63,11 +64,13 @@ class RefineConfig:
         return ETA[self.remask] if self.eta < 0 else self.eta
 
 
-def refuse_undefined(config, model_config):
-    """Raises UserError where a strategy has no meaning for a model with this GPTConfig."""
-    if model_config.model_type != 'diffusion':
-        raise UserError(f'only model_type diffusion is refined: sample a {model_config.model_type} model with sample.py')
-    if model_config.diffusion_objective == 'repair':
+def refuse_undefined(config, model):
+    """Raises UserError where a strategy has no meaning for a model, or cannot be had on its device."""
+    if model.config.model_type != 'diffusion':
+        raise UserError(f'only model_type diffusion is refined: sample a {model.config.model_type} model with sample.py')
+    if model.device.type == 'mps':
+        raise UserError('refinement draws in float64, which mps has not: use --device=cpu')
+    if model.config.diffusion_objective == 'repair':
         return
     if config.strategy == 'naive':
         raise UserError('strategy=naive keeps what is not answered with [MASK], and a model of the nelbo objective never '
@@ -166,7 +169,9 @@ class Canvas:
             self.known |= rows
             self.passes += rows
         for part in self.hidden[where].split(max(1, LOGITS_PER_CHUNK // (self.mask + 1))):
-            yield self.head(part).double()
+            with exact(part.device):  # bfloat16 would round the tail away that the noise is drawn in float64 for
+                logits = self.head(part.float()).double()
+            yield logits
 
     def commit(self, where, ids, confidence):
         """Writes ids (N,) at the positions `where` (B, T)."""

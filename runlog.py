@@ -90,9 +90,10 @@ class RunLog:
             name = 'val_bits_per_byte' + '_bound' * (self.trainer.objective.val_metric == 'nelbo')
             metrics[name] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
         self._write(metrics)
-        self.trainer.say(f'iter {self.trainer.iter_num}: ' +
-                         ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in metrics.items()
-                                   if isinstance(value, float) and not any(c.isdigit() for c in name)))
+        titles = {'val_loss': 'val loss <='} if self.trainer.objective.val_metric == 'nelbo' else {}  # a bound
+        shown = [f'{titles.get(name, name.replace("_", " "))} {value:.4f}' for name, value in metrics.items()
+                 if isinstance(value, float) and not any(c.isdigit() for c in name)]
+        self.trainer.say(f'iter {self.trainer.iter_num}: {", ".join(shown)}')
         if metrics.get('val_collapsed'):
             self.trainer.say('the generator has collapsed: fewer than half of the distinct 2-grams of real text')
 

@@ -90,10 +90,23 @@ def play(film, console):
             time.sleep(min(SECONDS_PER_FRAME, SECONDS_AT_MOST / len(film.frames)))
 
 
+def whole_characters(kinds, *texts):
+    """kinds of tokens, 0 to 2, raised so that all tokens of one character have the same; texts: the bytes of each token."""
+    inside = [any(text[i][:1] and 0x80 <= text[i][0] < 0xC0 for text in texts) for i in range(len(kinds))]
+    kinds = list(kinds)
+    for order in (range(1, len(kinds)), range(len(kinds) - 1, 0, -1)):
+        for i in order:
+            if inside[i]:
+                kinds[i] = kinds[i - 1] = max(kinds[i], kinds[i - 1])
+    return kinds
+
+
 def diff(tokenizer, before, after, doubted, colours):
     """A text whose doubted tokens were rewritten: what went in red, what came in green, what was confirmed in yellow;
     without colours as [-went-]{+came+}. Everything else stands as it stood."""
-    kinds = ['kept' if not wrong else 'same' if old == new else 'new' for old, new, wrong in zip(before, after, doubted)]
+    kinds = [0 if not wrong else 1 if old == new else 2 for old, new, wrong in zip(before, after, doubted)]
+    texts = [[tokenizer.decode_bytes([i]) for i in ids] for ids in (before, after)]
+    kinds = [('kept', 'same', 'new')[kind] for kind in whole_characters(kinds, *texts)]
     text, start = '', 0
     for kind, its in itertools.groupby(kinds):
         run = slice(start, start + len(list(its)))

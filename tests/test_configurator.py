@@ -38,7 +38,7 @@ def test_defaults():
 @pytest.mark.parametrize('argument, value', [
     ('--rate=1', 1.0), ('--rate=1e-3', 1e-3), ('--size=1e4', 10000), ('--size=-2', -2), ('--size=2.0', 2),
     ('--size=9007199254740993', 2 ** 53 + 1),
-    ('--on=False', False), ('--on=true', True), ('--on=0', False), ('--on=1', True),
+    ('--on=False', False), ('--on', True), ('--on=true', True), ('--on=0', False), ('--on=1', True),
     ('--name=a=b=c', 'a=b=c'), ('--name=', ''), ('--name=1', '1'), ('--name=--size', '--size'), ('--kind=b', 'b'),
 ])
 def test_values_on_the_command_line(argument, value):
@@ -132,7 +132,7 @@ def test_help_shows_every_key_with_default_and_meaning():
     for cls in (train.TrainConfig, GPTConfig):
         for f in fields(cls):
             assert f.metadata['help'], f.name
-            entry = re.search(rf'--{f.name} [A-Z]+ (.*?)(?= --\w|$)', text)[1]
+            entry = re.search(rf'--{f.name} \[?[A-Z]+\]? (.*?)(?= --\w|$)', text)[1]
             assert entry.startswith(f.metadata['help']) and f'[{f.default!r}]' in entry, f.name
             assert all(str(choice) in entry for choice in f.metadata['choices'] or ())
 

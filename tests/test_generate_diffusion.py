@@ -53,6 +53,19 @@ def test_the_same_seed_says_the_same(go):
     assert go('--num_samples=3').out.count('---------------') == 3
 
 
+def test_a_prompt_is_a_template_with_one_gap(go):
+    prompt = go('--start=Once', '--max_new_tokens=6', '--ignore_eot').out
+    assert prompt == go('--template=Once______').out == go('--template=Once[MASK:6]').out
+
+
+def test_a_refinement_is_played_and_written(go, tmp_path):
+    said = go('--start=The', '--animate', f'--html={tmp_path}/page.html', '--remask=flag', '--flag_threshold=0.05')
+    marks = re.findall(r'step +\d+, +\d+ passes  (\S+)', said.out)
+    assert len(marks) > 2 and marks[0] == '===' + '·' * 20 and '·' not in marks[-1] and '#' in marks[-1]
+    film = json.loads(re.search(r'const film = (\{.*\});', (tmp_path / 'page.html').read_text(encoding='utf-8'))[1])
+    assert len(film['frames']) == len(marks) and said.out.endswith(''.join(t for t, _, _ in film['frames'][-1]) + '\n')
+
+
 def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
     (tmp_path / 'gaps.txt').write_bytes('The [MASK:4] Größe\n____ end. '.encode())
     for strategy in ('confidence', 'ancestral', 'random', 'threshold', 'naive'):
@@ -98,6 +111,13 @@ def test_an_untouched_text_is_printed_as_it_is(go, tmp_path, monkeypatch):
     (tmp_path / 'text.txt').write_bytes(text.encode())
     monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: torch.zeros(len(ids), dtype=torch.bool))
     assert go(f'--repair={tmp_path}/text.txt').out == text
+
+
+def test_the_diff_leaves_characters_whole():
+    """Of ö the second byte is flagged, and turned into that of Ö's neighbour."""
+    before, after = list('aöb'.encode()), list('aøb'.encode())
+    assert watch.diff(ByteTokenizer(), before, after, [False, False, True, False], False) == 'a[-ö-]{+ø+}b'
+    assert watch.diff(ByteTokenizer(), before, before, [False, False, True, False], False) == 'aöb'
 
 
 def test_the_diff_is_coloured_where_there_are_colours():
@@ -244,6 +264,7 @@ def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
 def test_the_page_plays_in_a_real_browser(tmp_path):
     """By hand elsewhere: open the page that --html wrote, in any browser."""
     watch.write_page(film(), str(tmp_path / 'page.html'))
+    page = tmp_path / 'page.html'
     browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
     words = ['--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=9000', '--dump-dom']
     done = subprocess.run([browser, *words, f'file://{tmp_path}/page.html'], capture_output=True, text=True, timeout=60)
@@ -251,3 +272,10 @@ def test_the_page_plays_in_a_real_browser(tmp_path):
     cells = re.findall(r'<span class="([^"]*)"[^>]*>([^<]*)</span>', done.stdout.split('id="canvas"')[1])
     assert [text for _, text in cells[:5]] == ['a', 'b', '⏎', 'c', 'e']
     assert 'fixed' in cells[0][0] and 'revised' in cells[4][0] and '>Play<' in done.stdout
+    by_hand = """<script>setTimeout(() => { at.value = 1; at.dispatchEvent(new Event('input'));
+                 canvas.children[4].click(); }, 6000)</script></html>"""
+    page.write_text(page.read_text(encoding='utf-8').replace('</html>', by_hand), encoding='utf-8')
+    done = subprocess.run([browser, *words, f'file://{page}'], capture_output=True, text=True, timeout=60)
+    assert 'step 1 of 3, 1 forward passes' in done.stdout
+    history = re.search(r'id="history">([^<]*)<', done.stdout)[1].splitlines()
+    assert history[0] == 'position 4' and [line.split()[2] for line in history[1:]] == ['[MASK]', '"&lt;"', '[MASK]', '"e"']

@@ -11,6 +11,8 @@ from configurator import UserError
 from objectives import ranks
 from refinement import RefineConfig
 
+WAYS = ('flag', 'confidence, hidden', 'confidence, seen')
+
 
 @pytest.fixture(scope='module')
 def run_dir(data_dir, tmp_path_factory):
@@ -38,7 +40,7 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
     model.refine = watched
     how = RefineConfig(max_steps=4, flag_threshold=0.3)
     found = mending.mend(model, tokens, source, 0.5, how, torch.Generator().manual_seed(1))
-    for way, (opened, after) in zip(found, seen[-2:]):
+    for way, (opened, after) in zip(found, seen[-3:]):
         counts = dict.fromkeys(found[way], 0)
         for b in range(6):
             for t in range(16):
@@ -52,20 +54,49 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
                 counts['spoiled'] += int(not wrong and not right_after)
                 counts['wrong_after'] += int(not right_after)
         assert found[way] == counts
-    assert found['flag']['found'] == found['confidence']['found'] > 0
+    assert found['flag']['found'] == found['confidence, hidden']['found'] == found['confidence, seen']['found'] > 0
+
+
+def test_each_way_opens_what_it_should(run_dir):
+    """What is opened, from probabilities that are looked up one place at a time."""
+    model = checkpoint.load_model(checkpoint.load(checkpoint.find(run_dir)))
+    V = model.config.vocab_size
+    ids = torch.randint(V, (1, 16), generator=torch.Generator().manual_seed(3))
+    opened, refine = [], model.refine
+    model.refine = lambda canvas, *args: opened.append(canvas == V) or refine(canvas, *args)
+    mending.SOURCES['as it is'] = lambda model, tokens, where, rng: tokens
+    try:
+        mending.mend(model, ids, 'as it is', 0.5, RefineConfig(flag_threshold=0.3), torch.Generator().manual_seed(1))
+    finally:
+        del mending.SOURCES['as it is']
+    with torch.no_grad():
+        logits = model(ids)[0][0].double()
+        flag, seen, hidden = logits.softmax(-1)[:, V], logits[:, :V].softmax(-1), []
+        for t in range(16):
+            canvas = ids.clone()
+            canvas[0, t % mending.GROUPS::mending.GROUPS] = V
+            hidden.append(float(model(canvas)[0][0, t, :V].double().softmax(-1)[ids[0, t]]))
+    count = int((flag > 0.3).sum())
+    assert 0 < count < 16 and opened[0][0].tolist() == (flag > 0.3).tolist()
+    own = [float(seen[t, ids[0, t]]) for t in range(16)]
+    for mask, p in zip(opened[1:], (hidden, own)):
+        least = sorted(range(16), key=lambda t: p[t])[:count]
+        assert mask[0].nonzero().flatten().tolist() == sorted(least)
 
 
 def test_a_trained_model_finds_more_than_chance(run_dir, capsys):
     mending.main([f'--out_dir={run_dir}', '--share=0.2', '--windows=32', '--device=cpu', '--max_steps=4'])
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    assert list(found) == [f'{source}, {way}' for source in mending.SOURCES for way in ('flag', 'confidence')]
+    assert list(found) == [f'{source}, {way}' for source in mending.SOURCES for way in WAYS]
     row = found['by chance, flag']
     assert row['wrong'] == pytest.approx(3 / 16) and row['precision'] > 2 * row['wrong'] and row['recall'] > 0.2
     assert row['wrong_after'] < row['wrong'] and 'spoiled' in out
 
 
 def test_mistakes_are_one_line(run_dir, encoder):
-    for mistake, words in {'--share=0': 'share', f'--out_dir={encoder}': 'only a model', '--windows=-1': 'windows'}.items():
+    mistakes = {'--share=0': 'share', '--share=0.001': 'is none', f'--out_dir={encoder}': 'only a model',
+                '--windows=-1': 'windows'}
+    for mistake, words in mistakes.items():
         with pytest.raises(UserError, match=words):
             mending.main([f'--out_dir={run_dir}', mistake])

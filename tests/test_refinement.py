@@ -8,7 +8,7 @@ import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from refinement import ETA, REMASKS, STRATEGIES, RefineConfig, draw, keep_likely, refine, remdm
+from refinement import ETA, REMASKS, STRATEGIES, Canvas, RefineConfig, draw, keep_likely, refine, remdm
 
 ORDERS = [s for s in STRATEGIES if s != 'naive']
 PAIRS = [(s, 'none') for s in STRATEGIES] + [(s, 'flag') for s in ORDERS] + \
@@ -354,12 +354,6 @@ def test_rows_that_differ_are_refined_as_each_alone(model, strategy, block_lengt
         assert torch.equal(alone.ids[0], together.ids[i]) and alone.passes[0] == together.passes[i]
 
 
-def test_a_prompt_is_a_template_with_one_gap(model):
-    ids = open_canvas(1)
-    ids[0, :5] = torch.tensor([1, 2, 3, 4, 5])
-    assert model.generate_diffusion(ids, 6, 1.0, None, seed=3)[0, :5].tolist() == [1, 2, 3, 4, 5]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # drawing
 
@@ -374,14 +368,59 @@ def test_draws_have_the_probabilities_of_the_softmax():
     assert draw(logits, config_of('random', top_p=0.5)).unique().tolist() == [2]
 
 
-def test_the_tail_is_not_cut():
-    """17 nats below the rest: float32 noise reaches 16.6 at most."""
-    logits = torch.zeros(1, 2, dtype=torch.float64)
-    logits[0, 1] = -17.0
-    rng = torch.Generator().manual_seed(0)
-    hits = sum(int(draw(logits.expand(2_000_000, 2), config_of('random'), rng).sum()) for _ in range(40))
-    expected = 80_000_000 * math.exp(-17)
-    assert abs(hits - expected) < 5 * math.sqrt(expected) and hits > 0
+@pytest.mark.parametrize('u, logit, taken', [(1 - 2 ** -40, -27, 1), (1 - 2 ** -40, -29, 0), (1.0, -36, 1), (0.0, 0, 0)])
+def test_the_tail_is_not_cut(monkeypatch, u, logit, taken):
+    """The noise of 1 - 2^-40 is 27.7; in float32 that is 1, and its noise at most 16.6. Neither 0 nor 1 is a NaN."""
+    def rand(shape, generator=None, dtype=torch.float32, device=None):
+        found = torch.full(shape, math.exp(-1), dtype=torch.float64)  # whose noise is 0
+        found[:, 1] = u
+        return found.to(dtype)
+    monkeypatch.setattr(torch, 'rand', rand)
+    logits = torch.tensor([[0.0, logit]], dtype=torch.float64)
+    assert draw(logits, config_of('random')).tolist() == [taken]
+
+
+def test_bfloat16_stops_at_the_head(model):
+    """What tokens are drawn from is not rounded, whatever type the blocks ran in."""
+    ids = open_canvas(2)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        x = model.trunk(ids)
+        (found,) = Canvas(model.trunk, model.head, ids, 7).logits(ids == 7)
+        rounded = model.head(x).double().flatten(0, 1)
+    expected = x.float().flatten(0, 1) @ model.lm_head.weight[:8].float().T
+    assert torch.allclose(found, expected.double(), rtol=1e-5, atol=1e-5) and found.dtype == torch.float64
+    assert not torch.allclose(found, rounded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('strategy, remask', [('random', 'none'), ('ancestral', 'none'), ('confidence', 'none'),
+                                              ('confidence', 'flag'), ('ancestral', 'remdm-cap')])
+def test_no_more_is_computed_than_is_used(model, strategy, remask):
+    """The rows that go through the trunk are those that are counted; the head sees what may be committed, and with flags
+    what was."""
+    rows, answers = 0, [0]
+
+    def trunk(ids):
+        nonlocal rows
+        rows += len(ids)
+        return model.trunk(ids)
+
+    def head(x):
+        answers[-1] += len(x)
+        return model.head(x)
+    ids, rng = open_canvas(4), torch.Generator().manual_seed(0)
+    config = config_of(strategy, remask, max_steps=20, flag_threshold=0.2)
+    before, looked = ids, []
+    with torch.no_grad():
+        for step in refine(trunk, head, ids, 7, config, rng):
+            looked.append((before, step.ids))
+            before = step.ids
+            answers.append(0)
+    assert rows == int(step.passes.sum()) and (strategy != 'ancestral' or rows < 4 * len(looked))
+    for (was, now), seen in zip(looked, answers):
+        if strategy == 'confidence':
+            assert seen <= int((was == 7).sum()) + int((was != 7).sum()) * (remask == 'flag')
+        else:
+            assert seen == int(((was == 7) & (now != 7)).sum())  # random places first, then answers for them alone
 
 
 def test_top_p_keeps_the_token_that_crosses_it():
