@@ -132,7 +132,7 @@ def test_help_shows_every_key_with_default_and_meaning():
     for cls in (train.TrainConfig, GPTConfig):
         for f in fields(cls):
             assert f.metadata['help'], f.name
-            entry = re.search(rf'--{f.name} \[?[A-Z]+\]? (.*?)(?= --\w|$)', text)[1]
+            entry = re.search(rf'(?<!\[)--{f.name} (?:[A-Z]+|\[[A-Z]+\]) (.*?)(?= --\w|$)', text)[1]
             assert entry.startswith(f.metadata['help']) and f'[{f.default!r}]' in entry, f.name
             assert all(str(choice) in entry for choice in f.metadata['choices'] or ())
 
