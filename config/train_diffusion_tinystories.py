@@ -1,8 +1,8 @@
 # Masked diffusion of stories on a laptop's CPU; on a GPU give it more: --max_iters, --n_layer, --n_embd, --block_size
 #   python prepare.py tinystories --tokenizer=bpe:4096
 #   python train.py config/train_diffusion_tinystories.py
-# Measured on machine A of LOG.md, on an excerpt of 2,961 stories (seeds 1 to 3, commit ee42008): about 10 minutes on one of two
-# cores; validation loss over the whole split, an upper bound, 4.116 (standard deviation 0.003), with
+# Measured on machine A of LOG.md, on an excerpt of 2,961 stories (seeds 1 to 3, commit ee42008): about 10 minutes on one of
+# two cores; validation loss over the whole split, an upper bound, 4.116 (standard deviation 0.003), with
 # --diffusion_objective=nelbo 3.971 (0.000). gpt2 with the same settings: 2.993. The rate is not tuned.
 out_dir = 'out-diffusion-tinystories'
 dataset = 'tinystories_bpe4096'
