@@ -200,6 +200,8 @@ def write(path, data):
 
 def main(argv):
     config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
+    if how.flag_threshold != RefineConfig.flag_threshold and how.remask != 'flag' and not config.repair:
+        raise UserError(f'flag_threshold={how.flag_threshold} is for --remask=flag and --repair')
     device = pick_device(config.device, float64=True)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
     state = checkpoint.open_run(config.out_dir, config.ckpt)

@@ -53,6 +53,8 @@ class RefineConfig:
             raise UserError(f'remask={self.remask} is defined beside --strategy=ancestral only, not {self.strategy}')
         if self.eta >= 0 and not self.remask.startswith('remdm'):
             raise UserError(f'eta={self.eta} is for --remask=remdm-cap, -rescale, -conf or -loop, not {self.remask}')
+        if self.strategy != 'threshold' and self.threshold != type(self).threshold:
+            raise UserError(f'threshold={self.threshold} is for --strategy=threshold, not {self.strategy}')
         if not self.eta <= 1:
             raise UserError(f'eta={self.eta} must be at most 1')
         if self.remask == 'flag' and self.strategy == 'naive':

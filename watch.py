@@ -59,19 +59,40 @@ def colour(confidence):
     return f'rgb({int(220 * min(1, 2 - 2 * confidence))},{int(200 * min(1, 2 * confidence))},60)'
 
 
-def picture(film, number, widths, columns):
-    """Frame `number` as rich Text of so many columns: given text bold, committed text coloured by confidence, revised text
-    underlined. Lines break at the same positions in every frame."""
-    text, used = Text(f'step {number}, {film.passes[number]} forward passes\n', no_wrap=True), 0
-    for (token, confidence, revised), fixed, width in zip(film.frames[number], film.fixed, widths):
+def lines_of(widths, columns):
+    """The positions of each line of so many columns: the same in every frame."""
+    lines, used = [[]], 0
+    for n, width in enumerate(widths):
         if used and used + width > columns:
-            text.append('\n')
+            lines.append([])
             used = 0
-        style = 'dim' if token is None else 'bold' if fixed else colour(confidence) + ' underline' * revised
-        shown = OPEN if token is None else visible(token)
-        text.append(shown, style)
-        text.append(' ' * (width - cell_len(shown)))
+        lines[-1].append(n)
         used += width
+    return lines
+
+
+def view(frame, lines, height):
+    """The lines that a screen has room for: those around the first open position, at the end all."""
+    first = next((i for i, line in enumerate(lines) if any(frame[n][0] is None for n in line)), None)
+    if first is None:
+        return lines
+    start = max(0, min(first - height // 2, len(lines) - height))
+    return lines[start:start + height]
+
+
+def picture(film, number, widths, columns, height):
+    """Frame `number` as rich Text of so many columns and, while something is open, at most so many lines: given text bold,
+    committed text coloured by confidence, revised text underlined."""
+    frame = film.frames[number]
+    text = Text(f'step {number}, {film.passes[number]} forward passes', no_wrap=True)
+    for line in view(frame, lines_of(widths, columns), height - 1):
+        text.append('\n')
+        for n in line:
+            token, confidence, revised = frame[n]
+            style = 'dim' if token is None else 'bold' if film.fixed[n] else colour(confidence) + ' underline' * revised
+            shown = OPEN if token is None else visible(token)
+            text.append(shown, style)
+            text.append(' ' * (widths[n] - cell_len(shown)))
     return text
 
 
@@ -86,7 +107,7 @@ def play(film, console):
     widths = cells(film)
     with Live(console=console, auto_refresh=False, vertical_overflow='crop') as live:
         for number in range(len(film.frames)):
-            live.update(picture(film, number, widths, console.width), refresh=True)
+            live.update(picture(film, number, widths, *console.size), refresh=True)
             time.sleep(min(SECONDS_PER_FRAME, SECONDS_AT_MOST / len(film.frames)))
 
 

@@ -160,8 +160,9 @@ def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
     (['--repair=README.md', '--html=x.html'], 'no meaning'), (['--to=x'], 'repair'), (['--eta=0.5'], 'eta'),
     (['--start=a', '--template=b___'], 'contradict'),
     (['--strategy=best'], 'ancestral'), (['--remask=remdm-cap', '--strategy=random'], 'ancestral'),
-    (['--start=FILE:nowhere'], 'nowhere'),
-    (['--repair=nowhere'], 'nowhere'), (['--num_samples=0'], 'num_samples'), (['--html=nowhere/x.html'], 'nowhere'),
+    (['--start=FILE:nowhere'], 'nowhere'), (['--repair=nowhere'], 'nowhere'),
+    (['--num_samples=0'], 'num_samples'), (['--flag_threshold=0.9'], 'remask=flag'),
+    (['--threshold=0.5'], 'strategy=threshold'), (['--html=nowhere/x.html'], 'nowhere'),
 ])
 def test_mistakes_are_one_line(go, args, words):
     with pytest.raises(UserError, match=words):
@@ -227,7 +228,7 @@ def test_a_film_knows_what_was_open_given_and_taken_back():
 def test_the_frame_stands_still_in_a_terminal(monkeypatch):
     monkeypatch.setattr(watch.time, 'sleep', lambda seconds: None)
     widths, found = watch.cells(film()), film()
-    pictures = [watch.picture(found, n, widths, columns=3) for n in range(4)]
+    pictures = [watch.picture(found, n, widths, columns=3, height=25) for n in range(4)]
     bodies = [p.plain.split('\n', 1)[1] for p in pictures]
     assert bodies == ['ab·\n··', 'ab·\nc<', 'ab⏎\nc·', 'ab⏎\nce']
     out = io.StringIO()
@@ -238,11 +239,20 @@ def test_the_frame_stands_still_in_a_terminal(monkeypatch):
     assert any('underline' in style for style in styles) and 'bold' in styles
 
 
+def test_of_a_canvas_taller_than_the_screen_the_part_in_work_is_seen_and_all_at_the_end():
+    rows = [[97] * 4 + [257] * 8, [97] * 10 + [257] * 2, [97] * 12]
+    known = torch.zeros(1, 12)
+    steps = [Step(torch.tensor([row]), known.double(), known.bool(), torch.tensor([n])) for n, row in enumerate(rows)]
+    tall = watch.Film.of(steps, ByteTokenizer(), 257)
+    pictures = [watch.picture(tall, n, watch.cells(tall), columns=2, height=4).plain for n in range(3)]
+    assert [p.split('\n')[1:] for p in pictures] == [['aa', '··', '··'], ['aa', 'aa', '··'], ['aa'] * 6]
+
+
 def test_wide_and_unprintable_characters_have_cells_too():
     frames = [[('日', 1.0, False), ('\r', 1.0, False)], [('a', 1.0, False), ('\x1b', 1.0, False)]]
     wide = watch.Film(frames, [False, False], [0, 1])
     assert watch.cells(wide) == [2, 1]
-    assert [watch.picture(wide, n, [2, 1], 80).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
+    assert [watch.picture(wide, n, [2, 1], 80, 25).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys):
