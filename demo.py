@@ -31,7 +31,7 @@ VAL_FRACTION = 0.03
 class DemoConfig:
     """The demo's few choices; the rest is in its config file."""
     model_type: str = option('gpt2', 'which of the model types', MODEL_TYPES)
-    out_dir: str = option('out-demo', 'folder of the run')
+    out_dir: str = option('', 'folder of the run; empty is out-demo, of other types than gpt2 out-demo-TYPE')
     data_dir: str = option('data', 'where the data sets are')
     max_iters: int = option(0, 'iterations of training; 0 is what the config file says')
 
@@ -60,6 +60,7 @@ def last_evaluation(out_dir):
 
 def main(argv):
     config, _ = configure(argv, DemoConfig, description=__doc__)
+    config.out_dir = config.out_dir or 'out-demo' + (f'-{config.model_type}' if config.model_type != 'gpt2' else '')
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the script that runs: it saves, and ends with an error
     dataset = f'{DATASET}_{TOKENIZER.replace(":", "")}'
     folder = os.path.join(config.data_dir, dataset)

@@ -20,6 +20,7 @@ PLACES = 32  # positions whose states are features of their own
 WINDOWS = (4, 16)
 QUEUE = 1000  # examples before an iteration's own that further positives are taken from
 STYLES, STYLE_INDICES = 64, 32
+MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,10 @@ def numbers(own, start, rng, *, extra):
     """Example numbers: a micro-batch's own (a range), and `extra` of the QUEUE before its iteration, which begins at `start`
     (the first has only its own): a place in the seeded order of examples, so that there is nothing to save."""
     low, high = (max(0, start - QUEUE), start) if start else (0, own[-1] + 1)
-    return [*own, *(low + torch.randint(high - low, (extra,), generator=rng)).tolist()]
+    count = high - low
+    enough = extra <= count
+    more = torch.randperm(count, generator=rng)[:extra] if enough else torch.randint(count, (extra,), generator=rng)
+    return [*own, *(low + more).tolist()]
 
 
 def some_places(T, rng):
@@ -206,23 +210,29 @@ def metrics(model, noise, ids, style):
 def pairwise(x):
     """Mean distance between different samples (N, D)."""
     with exact(x.device):
-        return distances(x, x).fill_diagonal_(0).sum() / max(1, len(x) * (len(x) - 1))
+        return float(distances(x, x).fill_diagonal_(0).sum() / max(1, len(x) * (len(x) - 1)))
+
+
+def blocks(x, y):
+    """Pairs of blocks of MEASURED rows of x and y (N, D), or of all rows where there are fewer."""
+    whole = max(1, len(x) // MEASURED) * MEASURED
+    return list(zip(x[:whole].split(MEASURED), y[:whole].split(MEASURED)))
 
 
 def summary(sums):
     """Divergence of n-grams from real text, of which that of 2-grams is the val_metric; distinct 2-grams, and whether
-    samples collapsed; in the features, mean over depths: diversity in units of real text's, root mean square of the raw
-    field."""
+    samples collapsed; in the features, mean over depths and blocks of samples: diversity in units of real text's, root mean
+    square of the raw field without a floor, under which it would grow with the number of samples."""
     samples, real = sums['samples_all'].numpy(), sums['real_all'].numpy()
     found = {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}
     found |= {'distinct_2': ngrams.distinct(samples, 2), 'distinct_2_real': ngrams.distinct(real, 2)}
     found['collapsed'] = float(found['distinct_2'] < found['distinct_2_real'] / 2)
     found['vocabulary_distance'] = float(sums['vocabulary_distance']) / float(sums['count'])
     names = [name for name in sums if name.startswith('samples_') and 'mean' in name]
-    pairs = [(sums[name], sums[name.replace('samples', 'real')]) for name in names]
-    found['diversity'] = sum(float(pairwise(x) / pairwise(y).clamp(min=1e-8)) for x, y in pairs) / len(pairs)
+    pairs = [pair for name in names for pair in blocks(sums[name], sums[name.replace('samples', 'real')])]
+    found['diversity'] = sum(pairwise(x) / max(pairwise(y), 1e-8) for x, y in pairs) / len(pairs)
     for x, y in pairs:
-        for temperature, rms in drift(x[None], y[None])[2].items():
+        for temperature, rms in drift(x[None], y[None], floor=0.0)[2].items():
             name = f'field_{temperature}'
             found[name] = found.get(name, 0.0) + float(rms) / len(pairs)
     return found

@@ -20,6 +20,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
+from matplotlib.backend_bases import FigureCanvasBase
 
 from configurator import UserError, configure, one_of, option, run
 from data import derive_seed
@@ -43,12 +44,19 @@ class PlaneConfig:
     def __post_init__(self):
         for name in self.data.split(','):
             one_of('data', name, DATA)
-        if not all(seed.isdigit() for seed in self.seeds.split(',')):
+        if not all(seed.isdecimal() for seed in self.seeds.split(',')):
             raise UserError(f'seeds={self.seeds!r} must be whole numbers, separated by commas')
+        if not all(int(seed) < 2 ** 32 for seed in self.seeds.split(',')):
+            raise UserError(f'seeds={self.seeds!r} must be below 2 ** 32')
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f'learning_rate={self.learning_rate} must be above 0, and finite')
         if self.steps < 10 or self.batch_size < 2 or not 0 <= self.ema < 1:
             raise UserError('steps must be at least 10, batch_size at least 2, ema at least 0 and below 1')
         if not os.path.isdir(os.path.dirname(self.figure) or '.'):
             raise UserError(f'figure={self.figure}: there is no such folder')
+        kind = os.path.splitext(self.figure)[1][1:]
+        if os.path.isdir(self.figure) or kind not in FigureCanvasBase.get_supported_filetypes():
+            raise UserError(f'figure={self.figure} must be a file that ends in .png, .svg or .pdf')
 
 
 def moons(n, rng):
@@ -148,9 +156,9 @@ def main(argv):
         for axis, title, points in zip(row, titles, [*shown, real]):
             axis.scatter(*points.T, s=1, linewidths=0, color='#222222' if title == 'data' else '#c2410c')
             axis.set(title=f'{name}: {title}', xticks=[], yticks=[], aspect='equal', xlim=(left, right), ylim=(bottom, top))
+    print(json.dumps(found), flush=True)
     figure.tight_layout()
     figure.savefig(config.figure, dpi=110)
-    print(json.dumps(found))
 
 
 if __name__ == '__main__':

@@ -42,6 +42,8 @@ NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebo
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
+SHARPNESS = 3.0  # of soft tokens
+COLDEST = 1e-30  # a temperature that can still be divided by
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
 
@@ -80,8 +82,8 @@ class GPTConfig:
     drift_weight: float = option(1.0, 'diffusion, drift: weight of the field beside the bound')
     encoder: str = option('', "drifting, diffusion with drift: folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose "
                           'features text is compared')
-    drift_output: str = option('embedding', 'drifting: an embedding for each position, or a mean of those there are',
-                               ('embedding', 'soft'))
+    drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
+                               'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
     drift_positives: int = option(0, 'drifting: real examples beyond as many as are generated')
 
@@ -143,6 +145,8 @@ class GPTConfig:
             raise UserError(f'dropout={self.dropout}: the field is taken where a first pass was; leave it at 0')
         if self.model_type == 'drifting' and self.n_inner:
             raise UserError(f'n_inner={self.n_inner} has no meaning for drifting: leave it at 0')
+        if self.model_type == 'drifting' and self.block_size < 3:
+            raise UserError(f'block_size={self.block_size} must be at least 3: drifting is measured by 3-grams')
         if self.drift_prefix >= self.block_size:
             raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
         if self.model_type == 'diffusion' and not self.has_encoder and (self.encoder or self.drift_weight != 1):
@@ -764,9 +768,12 @@ class GPT(nn.Module):
     def _run(self, block, x, cache=None, ahead=None):
         if cache is not None:
             return block.forward(x, cache)  # never compiled: its lengths change at every step
-        if self.gradient_checkpointing and self.training:
+        if self._recomputes():
             return checkpoint(block, x, None, ahead, use_reentrant=False)
         return block(x, None, ahead)
+
+    def _recomputes(self):
+        return self.gradient_checkpointing and torch.is_grad_enabled()  # a frozen encoder, never training, too
 
     def head(self, x):
         """Hidden states (..., C) -> logits (..., n_logits), the padding cut off."""
@@ -803,11 +810,8 @@ class GPT(nn.Module):
         a token is masked the mean of those there are, weighted by what the model expects."""
         table, masked = self.encoder.transformer.wte.weight[:self.config.vocab_size], idx == self.config.vocab_size
 
-        def expected(part):
-            return self.head(part)[:, :-1].float().softmax(-1).to(table.dtype) @ table
-        rows = max(1, LOGITS_PER_CHUNK // len(table))  # not kept for the backward pass: the logits of all would be large
-        means = torch.cat([checkpoint(expected, part, use_reentrant=False) for part in x[masked].split(rows)])
-        return table[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], means.to(table.dtype))
+        means = expected(x[masked], table, lambda part: self.head(part)[:, :-1])
+        return table[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], means)
 
     def states(self, x, depths):
         """Hidden states (B, T, C) after each of so many blocks, in rising order, of input embeddings x (B, T, C), which
@@ -824,10 +828,12 @@ class GPT(nn.Module):
         table = self.encoder.transformer.wte.weight[:self.config.vocab_size]
         prefix = torch.zeros(len(noise), 0, dtype=torch.long, device=noise.device) if prefix is None else prefix
         given = table[prefix]
-        again = {'run': partial(checkpoint, use_reentrant=False)} if self.gradient_checkpointing and self.training else {}
+        again = {'run': partial(checkpoint, use_reentrant=False)} if self._recomputes() else {}
         x = self.generator(noise, style, given, **again)
-        if self.config.drift_output == 'soft':
-            x = F.linear(x, table).float().softmax(-1).to(table.dtype) @ table
+        if self.config.drift_output != 'embedding':
+            near = partial(nearness, table=table)
+            soft = expected(x.flatten(0, 1), table, near).view(x.shape)
+            x = soft if self.config.drift_output == 'soft' else likeliest(x, table, near) + soft - soft.detach()
         return torch.cat((given.to(x.dtype), x[:, given.size(1):]), dim=1)
 
     def nearest(self, x, temperature=1.0, rng=None):
@@ -959,6 +965,30 @@ class GPT(nn.Module):
         return self.lm_head.weight.dtype
 
 
+def expected(x, table, logits_of):
+    """Mean embeddings (N, C') under the softmax of logits_of(x) (N, V), of x (N, C) and embeddings (V, C'): a part at a time
+    and not kept for the backward pass, since the logits of all would be large."""
+    def mean(part):
+        return logits_of(part).float().softmax(-1).to(table.dtype) @ table
+    rows = max(1, LOGITS_PER_CHUNK // len(table))
+    return torch.cat([checkpoint(mean, part, use_reentrant=False) for part in x.split(rows)])
+
+
+def nearness(x, table):
+    """Logits (N, V) of outputs x (N, C): cosines with embeddings (V, C) around their mean, so large that those of a random
+    direction differ by SHARPNESS; else at the start all outputs would be near the mean, and no field would spread them."""
+    middle = table.mean(0)
+    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), F.normalize((table - middle).float(), dim=-1))
+    return cosines * SHARPNESS * math.sqrt(table.size(1))
+
+
+@torch.no_grad()
+def likeliest(x, table, logits_of):
+    """Of outputs x (B, T, C) the embeddings (B, T, C) of the largest logits."""
+    parts = x.flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(table)))
+    return table[torch.cat([logits_of(part).argmax(-1) for part in parts])].view(x.shape)
+
+
 def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     """Draws one id per row of logits (B, V) -> (B,). temperature 0 is the argmax; top_k keeps the k best; top_p the
     smallest set of best ids whose probability reaches top_p, the id that crosses it included."""
@@ -970,7 +1000,8 @@ def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
         logits, ids = logits.topk(k, dim=-1)  # sorted, best first
     elif top_p is not None and top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    probs = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)).softmax(-1)
     if top_p is not None and top_p < 1:
         before = probs.cumsum(-1) - probs  # the mass of the better ones
         probs = probs.masked_fill(before >= top_p, 0.0)

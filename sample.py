@@ -33,7 +33,8 @@ class SampleConfig:
     start: str = option('\n', 'the prompt, or FILE:path to read it from; empty is the start of a new document')
     num_samples: int = option(10, 'how many samples; a single one is streamed')
     max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner')
-    temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the likeliest')
+    temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the likeliest; drifting: 1 takes the '
+                                'nearest token, others draw by cosines / temperature')
     top_k: int = option(200, 'draw from the k likeliest tokens; 0 from all')
     top_p: float = option(1.0, 'draw from the fewest likeliest tokens that have this much probability together')
     ignore_eot: bool = option(False, 'go on past end-of-text')
@@ -117,6 +118,13 @@ def print_samples(text, tokenizer, model, prompt, config):
     return tokens
 
 
+def refuse_idle(values):
+    """Raises UserError for an option that one-step generation has no use for."""
+    for name in ('top_k', 'top_p', 'ignore_eot'):
+        if name in values:
+            raise UserError(f'{name} has no meaning for a drifting model, which writes all tokens at once: leave it out')
+
+
 def print_at_once(text, tokenizer, model, prompt, config):
     """Prints all samples of a drifting model; returns their number of tokens."""
     c = model.config
@@ -144,6 +152,7 @@ def main(argv):
     model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     if model.config.model_type == 'drifting':
+        refuse_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)
     text = read_prompt(config.start)
     prompt = tokenizer.encode(text)

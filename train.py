@@ -223,10 +223,13 @@ class Trainer:
             fresh = checkpoint.start_from(model, weights, rows)
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         if model.encoder is not None:
+            if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
+                raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
             refuse_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
             its = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in its if name not in self.parents)]
-        model.gradient_checkpointing = c.gradient_checkpointing
+        for part in filter(None, (model, model.encoder)):
+            part.gradient_checkpointing = c.gradient_checkpointing
         return model.to(self.ranks.device)
 
     def _other_weights(self, model_config):

@@ -1,4 +1,5 @@
-# Drifting, 131M parameters, on TinyStories, with GPT-2 for the features: the published hyperparameters
+# Drifting, 131M parameters, on TinyStories, with GPT-2 for the features: the published hyperparameters. How many positives
+# its queue adds is not published, and that gradients are clipped at 2 is from the authors' code for images
 #   python prepare.py tinystories
 #   python train.py config/train_drifting_tinystories.py
 # Not run here. No validation loss, and for text from noise no result at all, is published.
@@ -15,4 +16,5 @@ warmup_iters = 5000
 min_lr = 1e-6
 grad_clip = 2.0
 ema = 0.999
+drift_positives = 64
 eval_interval = 1000

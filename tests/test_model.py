@@ -352,6 +352,7 @@ def test_drawing_follows_the_distribution():
     torch.testing.assert_close(frequencies(logits, top_k=4, top_p=0.5), torch.eye(5)[0], atol=0, rtol=0)
     torch.testing.assert_close(frequencies(logits, top_k=9), p, atol=0.005, rtol=0)
     torch.testing.assert_close(frequencies(logits, temperature=0), torch.eye(5)[0], atol=0, rtol=0)
+    torch.testing.assert_close(frequencies(logits, temperature=1e-40), torch.eye(5)[0], atol=0, rtol=0)
 
 
 def test_the_same_seed_draws_the_same():
