@@ -10,35 +10,38 @@ Everything is a command of train.py, printed before it runs; what is finished is
 resumed, so that a comparison that was killed goes on where it stopped. In out_dir: report.html, one page with nothing loaded
 from elsewhere; results.json; runs/, a folder for each.
 """
-import base64
-import io
 import json
 import math
 import os
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-
-import jinja2
-import torch
+from dataclasses import asdict, dataclass
 
 import checkpoint
 import evaluate
+import report
 from configurator import UserError, configure, one_of, option, read_config_file, run
-from data import derive_seed
+from data import Windows, derive_seed
 from machine import Ranks, pick_device, pick_dtype
-from plot_results import plt, reliability
+from model import OPTIONS, GPTConfig
+from objectives import get_objective
 from prepare import load_meta
-from train import TrainConfig
+from quality import FOLDS
+from train import TrainConfig, read_settings
 from variants import EACH_TYPE, VARIANTS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 beside the compared ones
+BESIDE = {JUDGE: 1000, ENCODER: 1001}  # their seeds, which no other run has: a twin's judgement would be worth nothing
 TRIAL = 15  # iterations that tell how fast a variant is, for a budget in seconds
+EVALUATIONS = 20  # of each run, at least: the points of its curve
 SHOWN = 3  # samples of each variant in the report
+ELSEWHERE = ('out_dir', 'init_from', 'encoder', 'vocab_size')  # settings that may differ where the run is the same
 
 
 @dataclass
@@ -60,258 +63,304 @@ class CompareConfig:
     def __post_init__(self):
         for name in self.names:
             one_of('variants', name, VARIANTS)
-        if not all(seed.strip().isdigit() for seed in self.seeds.split(',')):
+        if not all(seed.strip().isdecimal() for seed in self.seeds.split(',')):
             raise UserError(f'seeds={self.seeds!r} must be whole numbers, separated by commas')
-        if min(self.tokens, self.seconds) < 0 or not self.tokens + self.seconds:
-            raise UserError(f'tokens={self.tokens} and seconds={self.seconds}: one of them must be above 0')
+        for key, values in (('variants', self.names), ('seeds', self.numbers)):
+            if len(set(values)) < len(values):
+                raise UserError(f'{key}={getattr(self, key)}: one is named twice')
+        taken = [f'{seed} is that of the {name}' for name, seed in BESIDE.items() if seed in self.numbers]
+        if taken:
+            raise UserError(f'seeds={self.seeds}: {" and ".join(taken)}; name others')
+        budget = (self.tokens, self.seconds)
+        if not all(map(math.isfinite, budget)) or min(budget) < 0 or not sum(budget):
+            raise UserError(f'tokens={self.tokens} and seconds={self.seconds}: one of them must be above 0, both finite')
+        if self.samples and self.samples < 2 * FOLDS:
+            raise UserError(f'samples={self.samples} must be at least {2 * FOLDS}, or 0 to judge none')
+        if self.length < 4:
+            raise UserError(f'length={self.length} must be at least 4')
+        self._check_launcher()
+
+    def _check_launcher(self):
+        try:
+            program = self.launcher[0]
+        except ValueError as e:
+            raise UserError(f'launch={self.launch!r} is no command line: {e}') from None
+        if not shutil.which(program):
+            raise UserError(f'launch={self.launch!r}: there is no program {program!r} here')
 
     @property
     def names(self):
         return [name.strip() for name in self.variants.split(',')] if self.variants else list(EACH_TYPE)
 
+    @property
+    def numbers(self):
+        return [int(seed) for seed in self.seeds.split(',')]
+
+    @property
+    def launcher(self):
+        return shlex.split(self.launch) or [sys.executable]
+
+    @property
+    def data(self):
+        return os.path.join(self.data_dir, self.dataset)
+
+    @property
+    def runs(self):
+        return os.path.join(self.out_dir, 'runs')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
+
+@dataclass
+class Planned:
+    """A run that the comparison needs: what train.py is told, but for how long, and what it makes of that."""
+    name: str
+    variant: str
+    folder: str
+    words: list
+    config: TrainConfig
+    model_config: GPTConfig
+
+    @property
+    def tokens_per_iter(self):
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
+
+    def length(self, max_iters):
+        """Arguments that make it a run of so many iterations: of the recipe's schedule the warmup stays, at most a tenth."""
+        c, often = self.config, max(1, max_iters // EVALUATIONS)
+        values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': min(c.eval_interval, often),
+                  'log_interval': min(c.log_interval, often)}
+        if not c.warmup_ratio:
+            per_epoch = os.path.getsize(self.windows('train').file.name) / self.windows('train').dtype.itemsize
+            warmup = c.warmup_iters or round(c.warmup_epochs * per_epoch / self.tokens_per_iter)
+            values |= {'warmup_epochs': 0, 'warmup_iters': min(warmup, max_iters // 10)}
+        changed = [f'--{key}={value}' for key, value in values.items() if value != getattr(c, key)]
+        return [f'--max_iters={max_iters}', *changed]
+
+    def windows(self, split):
+        """The text of a split as train.py cuts it. Raises UserError where it is too short."""
+        c, block_size = self.config, self.model_config.block_size
+        folder = os.path.join(c.data_dir, c.dataset)
+        return Windows(os.path.join(folder, f'{split}.bin'), load_meta(folder)['dtype'],
+                       get_objective(self.model_config).window(block_size), block_size)
+
+
+def plan(config):
+    """The Planned runs, the judge and the encoder before those that need them, every variant before any has a second seed.
+    Raises UserError on what would stop any of them, before hours of work."""
+    beside = [JUDGE] * bool(config.samples)
+    if any(needs_encoder(name) for name in config.names):
+        beside.append(ENCODER)
+    runs = [plan_one(config, name, 'gpt2', BESIDE[name], name) for name in beside]
+    runs += [plan_one(config, f'{name}, seed {seed}', name, seed, f'{name.replace(" ", "-")}_seed{seed}')
+             for seed in config.numbers for name in config.names]
+    pick_device(config.device)
+    for run_ in runs:
+        block_size = run_.model_config.block_size
+        if config.length > block_size:
+            raise UserError(f'length={config.length} is more than the {block_size} tokens that {run_.name} reads')
+        for split in ('train', 'val'):
+            run_.windows(split)
+        if not config.seconds and config.tokens < run_.tokens_per_iter / 2:
+            raise UserError(f'tokens={config.tokens:g} are less than one iteration of {run_.name}: '
+                            f'--tokens={run_.tokens_per_iter} at least')
+    if config.samples:
+        wanted = evaluate.EvalConfig(num_samples=config.samples, length=config.length)
+        try:
+            evaluate.held_out_halves(config.data, load_meta(config.data), wanted)
+        except UserError as e:
+            raise UserError(str(e).replace('--num_samples', '--samples')) from None
+    return runs
+
+
+def needs_encoder(name):
+    return VARIANTS[name].get('model_type') == 'drifting'
+
+
+def plan_one(config, name, variant, seed, folder):
+    """A Planned run; what the recipe says of a type's own options gives way to what the variant says."""
+    changes = VARIANTS[variant]
+    kind = changes.get('model_type', 'gpt2')
+    own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these have rates of their own
+    recipe = os.path.join(HERE, 'config', f'compare_{kind}.py') if own else config.recipe
+    values = read_config_file(recipe)
+    if values.get('init_from', 'scratch') != 'scratch' or values.get('eval_only'):
+        raise UserError(f'recipe={recipe}: a comparison trains from scratch; take one without init_from and eval_only')
+    options = {'model_type', *(option for its in OPTIONS.values() for option in its)}
+    plain = {key: getattr(GPTConfig, key) for key in values if key in options}
+    if needs_encoder(variant):
+        plain |= {'encoder': os.path.join(config.runs, ENCODER)}
+        plain |= {key: 0 for key in ('dropout', 'n_inner') if values.get(key)}  # which have no meaning there
+    flags = plain | changes | {'dataset': config.dataset, 'data_dir': config.data_dir, 'device': config.device,
+                               'seed': seed, 'out_dir': os.path.join(config.runs, folder)}
+    words = [recipe] + [f'--{key}={value}' for key, value in flags.items()]
+    train_config, model_config, _ = read_settings(words)
+    return Planned(name, variant, flags['out_dir'], words, train_config, model_config)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def settings_of(config, name, seed, folder):
-    """Arguments of train.py for one run, without its length."""
-    changes = dict(VARIANTS[name])
-    own = os.path.join(HERE, 'config', f'compare_{changes.get("model_type", "gpt2")}.py')
-    if changes.get('model_type') in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe:
-        files = [own]  # these have rates of their own
-    else:
-        files = [config.recipe]
-    if changes.get('model_type') == 'drifting':
-        changes['encoder'] = os.path.join(config.out_dir, 'runs', ENCODER)
-    flags = changes | {'dataset': config.dataset, 'data_dir': config.data_dir, 'device': config.device, 'seed': seed,
-                       'out_dir': folder}
-    return files + [f'--{key}={value}' for key, value in flags.items()]
+def last_state(folder):
+    """The last checkpoint of a run's folder; None where there is none yet."""
+    if not os.path.exists(os.path.join(folder, checkpoint.FILES['last'])):
+        return None
+    return checkpoint.load(checkpoint.find(folder, 'last'))
 
 
-def read_lines(folder):
-    """The entries of a run's metrics.jsonl; none where it has not begun."""
-    try:
-        with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as f:
-            return [json.loads(line) for line in f]
-    except FileNotFoundError:
-        return []
+def finished(folder, state, max_iters):
+    """Whether a run of this last checkpoint, which may be None, has been evaluated after its last iteration. The checkpoint
+    says so where that was the best evaluation, and is not written again where it was not."""
+    if state is None or state['iter_num'] != max_iters:
+        return False
+    losses = [entry['val_loss'] for entry in report.read_lines(folder)
+              if entry['iter'] == max_iters and entry.get('val_loss') is not None]
+    return state['evaluated_iter'] == max_iters or bool(losses) and losses[-1] >= state['best_val_loss']
 
 
-def finished(folder, max_iters):
-    """Whether a run has been evaluated after its last iteration."""
-    return any('val_loss' in entry and entry['iter'] == max_iters for entry in read_lines(folder))
+def refuse_other_settings(folder, state, words):
+    """Raises UserError where the checkpoint in a folder, which may be None, is not of the run that these words start."""
+    if state is None:
+        return
+    wanted = {key: value for part in read_settings(words)[:2] for key, value in asdict(part).items()}
+    had = state['config'] | {'data_dir': os.path.abspath(state['config']['data_dir'])}
+    wanted['data_dir'] = os.path.abspath(wanted['data_dir'])
+    differing = [f'{key}={had[key]}, not {value}' for key, value in wanted.items()
+                 if key not in ELSEWHERE and had.get(key, value) != value]
+    if differing:
+        raise UserError(f'{folder} holds a run with {"; ".join(differing)}: name another folder with --out_dir')
 
 
 def call(config, words):
-    """Runs train.py with these words, and ends with its exit code if it fails."""
-    launcher = shlex.split(config.launch) if config.launch else [sys.executable]
-    words = [os.path.join(HERE, 'train.py'), *words]
-    print('\n$ ' + shlex.join([*launcher, *words]), flush=True)
-    code = subprocess.run([*launcher, *words], check=False).returncode
+    """Runs train.py with these words, passing signals on to it, and ends with its exit code if it fails or was stopped."""
+    command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
+    print('\n$ ' + shlex.join(command), flush=True)
+
+    def pass_on(number, frame):
+        stopped.append(number)
+        if child:
+            child.send_signal(number)
+    child, before = None, {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:  # a session of its own: the terminal would send Ctrl-C a second time, which ends train.py without a save
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped and code <= 0:
+        code = 128 + stopped[0]
     if code:
-        raise SystemExit(code)
-    return shlex.join(words[1:])
+        raise SystemExit(code if code > 0 else 128 - code)
 
 
-def iterations(config, words, folder):
-    """How many iterations the budget gives to a run of these settings."""
-    values = {key: value for path in words if not path.startswith('--') for key, value in read_config_file(path).items()}
-    batch = values.get('batch_size', TrainConfig.batch_size)
-    per_iter = batch * values.get('gradient_accumulation_steps', 1) * values['block_size']
+def iterations(config, planned, measure=False):
+    """How many iterations the budget gives to a run; None where its speed is not known yet, unless it is to `measure` it.
+    A variant's speed is measured once, so that all of its seeds train for as long."""
     if not config.seconds:
-        return max(1, round(config.tokens / per_iter))
-    trial = folder + '-trial'
-    if not finished(trial, TRIAL):
-        call(config, [*words, f'--out_dir={trial}', f'--max_iters={TRIAL}', f'--eval_interval={TRIAL}', '--eval_iters=1',
-                      '--log_interval=5', '--warmup_iters=0'])
-    speed = statistics.median(entry['tokens_per_s'] for entry in read_lines(trial) if 'tokens_per_s' in entry)
-    return max(1, round(config.seconds * speed / per_iter))
+        return max(1, round(config.tokens / planned.tokens_per_iter))
+    trial = os.path.join(config.runs, planned.variant.replace(' ', '-') + '-trial')
+    words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={config.numbers[0]}', '--eval_iters=1',
+             f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0']
+    state = last_state(trial)
+    refuse_other_settings(trial, state, words)
+    if not finished(trial, state, TRIAL):
+        if not measure:
+            return None
+        call(config, words)
+    speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
+    return max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
 
-def train_one(config, name, seed, folder):
-    """Trains one run, goes on with it, or leaves it as it is; returns the command."""
-    words = settings_of(config, name, seed, folder)
-    max_iters = iterations(config, words, folder)
-    words = [*words, f'--max_iters={max_iters}']
-    if not finished(folder, max_iters):
-        cut_short = os.path.exists(os.path.join(folder, checkpoint.FILES['last']))
-        call(config, ['--init_from=resume', f'--out_dir={folder}', f'--max_iters={max_iters}'] if cut_short else words)
-    return 'train.py ' + shlex.join(words)
+def refuse_other_runs(config, runs):
+    """Raises UserError where a run that is there already is of another comparison."""
+    for planned in runs:
+        max_iters = iterations(config, planned)
+        if max_iters:
+            refuse_other_settings(planned.folder, last_state(planned.folder), [*planned.words, *planned.length(max_iters)])
+
+
+def train_one(config, planned):
+    """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it."""
+    max_iters = iterations(config, planned, measure=True)
+    words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
+    refuse_other_settings(planned.folder, state, words)
+    if not finished(planned.folder, state, max_iters):
+        call(config, words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}'])
+    return shlex.join([*(config.launcher if config.launch else ['python']), 'train.py', *words])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
+def identity_of(folder):
+    """What tells the best checkpoint of a folder from every other."""
+    state = checkpoint.load(checkpoint.find(folder))
+    return {key: state[key] for key in ('run_id', 'iter_num')}
+
+
 def evaluate_run(config, folder):
     """{name: number} of one run on validation text and of its samples; some texts. Kept in the run's evaluation.json."""
-    path = os.path.join(folder, 'evaluation.json')
-    asked = {'samples': config.samples, 'length': config.length, 'iter': read_lines(folder)[-1]['iter']}
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            known = json.load(f)
-        if known['asked'] == asked:
-            return known
-    c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 10), length=config.length)
+    path, started = os.path.join(folder, 'evaluation.json'), time.perf_counter()
+    judge = os.path.join(config.runs, JUDGE)
+    meta = load_meta(config.data)
+    asked = {'samples': config.samples, 'length': config.length, 'checkpoint': identity_of(folder),
+             'judge': identity_of(judge) if config.samples else None, 'text': meta['splits']['val']['text_sha256']}
+    known = read_evaluation(path)
+    if known.get('asked') == asked:
+        return known
+    c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 2 * FOLDS), length=config.length)
     how = evaluate.DrawConfig()
     alone = Ranks(device=pick_device(config.device))
-    dtype = pick_dtype('auto', alone.device)
     entry = evaluate.load(c, folder, alone.device)
-    found = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, alone, dtype), 'quality': {}}
+    likelihood = evaluate.likelihood(c, entry, alone, pick_dtype('auto', alone.device))
+    found = {'asked': asked, 'likelihood': likelihood, 'quality': {}}
     if config.samples:
-        judge = evaluate.load(c, os.path.join(config.out_dir, 'runs', JUDGE), alone.device)
+        judge = evaluate.load(c, judge, alone.device)
         evaluate.refuse_judge(c, judge, [entry])
         rows = evaluate.sample_quality(c, how, [entry], judge, alone)
         found['quality'] = rows.pop(entry.name)
         found['others'] = rows
-    few = evaluate.EvalConfig(num_samples=10, length=config.length, seed=derive_seed(c.seed, 10) % 2 ** 31)
-    eot = load_meta(os.path.join(config.data_dir, config.dataset))['eot']
-    samples, _, _ = evaluate.draw_samples(entry, few, how, [eot] * few.num_samples, alone)
-    found['texts'] = [entry.tokenizer.decode(row.tolist()) for row in samples[:SHOWN]]
-    with open(path, 'w', encoding='utf-8') as f:
-        json.dump(found, f)
-    return found
+    few = evaluate.EvalConfig(num_samples=2 * FOLDS, length=config.length, seed=derive_seed(c.seed, 10) % 2 ** 31)
+    samples, _, _ = evaluate.draw_samples(entry, few, how, [meta['eot']] * few.num_samples, alone)
+    found['texts'] = [entry.tokenizer.decode(row[int(row[0] == meta['eot']):].tolist()) for row in samples[:SHOWN]]
+    report.write_whole(path, json.dumps(found | {'seconds': time.perf_counter() - started}))
+    return read_evaluation(path)
 
 
-def spread_of(values):
-    """Mean and standard deviation over seeds, of those that are numbers; None where there is none."""
-    values = [v for v in values if v is not None and math.isfinite(v)]
-    if not values:
-        return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def row_of(name, runs):
-    """The means over seeds of one variant: {column: (mean, deviation) or None}."""
-    def of(part, key):
-        return spread_of([r['evaluation'][part].get(key) for r in runs])
-    bound = 'bound' in runs[0]['evaluation']['likelihood']
-    row = {'variant': name, 'bound': bound, 'loss': of('likelihood', 'bound' if bound else 'loss'),
-           'trained tokens/s': spread_of([r['speed'] for r in runs])}
-    row |= {key: of('likelihood', key) for key in ('bits_per_byte', 'accuracy', 'ece', 'brier', 'fill_accuracy')}
-    measures = ('classifier', 'mauve', 'js_2', 'distinct_2', 'entropy', 'nfe', 'tokens_per_s')
-    return row | {key: of('quality', key) for key in measures}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
-
-def picture(title, x, y, draw):
-    """A figure as the address of a PNG in the page itself; `draw(axes)` puts the data in."""
-    fig, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
-    draw(axes)
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=130)
-    plt.close(fig)
-    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
-
-
-def with_seconds(entries, per_iter):
-    """Yields the entries of metrics.jsonl, each with the seconds of training before it."""
-    seconds, last = 0.0, 0
-    for entry in entries:
-        if 'tokens_per_s' in entry:
-            seconds += (entry['iter'] - last) * per_iter / entry['tokens_per_s']
-            last = entry['iter']
-        yield entry, seconds
-
-
-def curve(run_, key, against):
-    """Points of a run's evaluations: tokens or seconds of training, and the value."""
-    per_iter = run_['tokens_per_iter']
-    return [(entry['iter'] * per_iter if against == 'tokens' else seconds, entry[key])
-            for entry, seconds in with_seconds(run_['entries'], per_iter) if entry.get(key) is not None]
-
-
-def draw_curves(axes, variants, key, against):
-    for number, (name, runs) in enumerate(variants.items()):
-        for i, run_ in enumerate(runs):
-            points = curve(run_, key, against)
-            if points:
-                axes.plot(*zip(*points), color=f'C{number % 10}', linestyle='-' if number < 10 else '--', linewidth=1,
-                          marker='.', label=None if i else name)
-
-
-def draw_scatter(axes, rows):
-    for number, row in enumerate(rows):
-        if row['tokens_per_s'] and row['classifier']:
-            axes.scatter(row['tokens_per_s'][0], row['classifier'][0], color=f'C{number % 10}', label=row['variant'])
-    axes.set_xscale('log')
-
-
-def pictures(variants, rows):
-    likely = {name: runs for name, runs in variants.items() if 'loss' in runs[0]['evaluation']['likelihood']}
-    found = []
-    for key, title, y in (('val_loss', 'Validation loss, causal types', 'nats per token'),
-                          ('val_accuracy', 'Next-token accuracy', 'share of positions')):
-        for against in ('tokens', 'seconds'):
-            found.append(picture(title, f'{against} of training', y,
-                                 lambda axes, key=key, against=against: draw_curves(axes, likely, key, against)))
-    first = {name: runs[0]['evaluation']['likelihood'] for name, runs in variants.items()}
-    bins = {name: (its['bins'], its['ece']) for name, its in first.items() if 'bins' in its}
-    found.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
-    if any(row['classifier'] for row in rows):
-        found.append(picture('Speed and quality of sampling', 'tokens per second',
-                             'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))
-    return found
-
-
-def write_report(config, variants, commands, seconds):
-    """Writes results.json and report.html into out_dir."""
-    rows = [row_of(name, runs) for name, runs in variants.items()]
-    every = [r['evaluation'] for runs in variants.values() for r in runs]
-    others = next((found['others'] for found in every if 'others' in found), {})
-    facts = {'commit': checkpoint.commit(), 'torch': torch.__version__, 'dataset': config.dataset, 'seeds': config.seeds,
-             'hours of training': round(seconds / 3600, 2),
-             'budget': f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens a run'}
-    with open(os.path.join(config.out_dir, 'results.json'), 'w', encoding='utf-8') as f:
-        json.dump({'facts': facts, 'rows': rows, 'others': others, 'commands': commands}, f, indent=1)
-    with open(os.path.join(HERE, 'report.html'), encoding='utf-8') as f:
-        template = jinja2.Template(f.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    texts = {name: runs[0]['evaluation']['texts'] for name, runs in variants.items()}
-    page = template.render(rows=rows, others=others, facts=facts, pictures=pictures(variants, rows), commands=commands,
-                           texts=texts, samples=config.samples)
-    path = os.path.join(config.out_dir, 'report.html')
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(page)
-    return path, rows
-
-
-def collect(config, folder):
-    """What the report needs of one run."""
-    entries = read_lines(folder)
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        c = json.load(f)
-    per_iter = c['batch_size'] * c['gradient_accumulation_steps'] * c['block_size']
-    speeds = [entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry]
-    *_, (_, seconds) = with_seconds(entries, per_iter)
-    return {'entries': entries, 'tokens_per_iter': per_iter, 'speed': statistics.median(speeds) if speeds else None,
-            'seconds': seconds, 'evaluation': evaluate_run(config, folder)}
+def read_evaluation(path):
+    """What an evaluation.json holds; nothing where it is missing or unreadable."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def main(argv):
     config, _ = configure(argv, CompareConfig, description=__doc__)
-    load_meta(os.path.join(config.data_dir, config.dataset))  # or a clear error, before hours of work
-    runs = os.path.join(config.out_dir, 'runs')
+    runs = plan(config)
+    refuse_other_runs(config, runs)
+    try:
+        os.makedirs(config.runs, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be made: {e.strerror}') from None
     started, commands = time.time(), {}
-    beside = [JUDGE] * bool(config.samples)
-    if any(VARIANTS[name].get('model_type') == 'drifting' for name in config.names):
-        beside.append(ENCODER)
-    for number, name in enumerate(beside):  # seeds of their own
-        commands[name] = train_one(config, 'gpt2', 1000 + number, os.path.join(runs, name))
-    folders = {}
-    for seed in config.seeds.split(','):  # so that every variant has one run before any has two
-        for name in config.names:
-            folder = os.path.join(runs, f'{name.replace(" ", "-")}_seed{seed.strip()}')
-            commands[f'{name}, seed {seed.strip()}'] = train_one(config, name, int(seed), folder)
-            folders.setdefault(name, []).append(folder)
+    for planned in runs:
+        commands[planned.name] = train_one(config, planned)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
-    variants = {name: [collect(config, folder) for folder in its] for name, its in folders.items()}
-    seconds = sum(r['seconds'] for its in variants.values() for r in its)
-    path, rows = write_report(config, variants, commands, seconds)
+    variants, beside = {}, []
+    for planned in runs:
+        found = report.collect(planned.folder, commands[planned.name])
+        if planned.name in BESIDE:
+            beside.append(found)
+        else:
+            variants.setdefault(planned.variant, []).append(found | {'evaluation': evaluate_run(config, planned.folder)})
+    budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
+    facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,
+             'budget': f'{budget} a run', 'samples of each run': config.samples, 'tokens of each sample': config.length}
+    path, rows = report.write(config.out_dir, facts, variants, beside)
     print(path)
     print(json.dumps(rows))
 

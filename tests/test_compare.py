@@ -1,15 +1,23 @@
 """compare.py: trains what is missing, resumes what was cut short, evaluates all, writes one page."""
+import glob
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import pseudo_text
+import torch
+from conftest import ROOT, pseudo_text
 
 import checkpoint
 import compare
 import prepare
-from configurator import UserError
+import report
+import train
+from configurator import UserError, read_config_file
 
 RECIPE = '''
 n_layer = 2
@@ -18,82 +26,241 @@ n_embd = 16
 block_size = 16
 batch_size = 8
 learning_rate = 1e-2
+warmup_iters = 50
 eval_interval = 4
 eval_iters = 2
-log_interval = 2
+log_interval = 100
 compile = False
 '''
 
 
 @pytest.fixture(scope='module')
-def go(tmp_path_factory):
-    """go(*args) runs compare.py on a tiny data set; returns its folder."""
+def place(tmp_path_factory):
+    """A folder with a small data set and a recipe."""
     folder = tmp_path_factory.mktemp('compare')
     (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
     (folder / 'recipe.py').write_text(RECIPE)
-    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
-                  f'--data_dir={folder}'])
-
-    def start(*args, name='report'):
-        compare.main([f'--recipe={folder}/recipe.py', '--dataset=text_bpe280', f'--data_dir={folder}', '--device=cpu',
-                      f'--out_dir={folder}/{name}', '--tokens=1024', '--samples=20', '--length=16', *args])
-        return folder / name
-    return start
+    for spec in ('bpe:280', 'byte'):
+        prepare.main([f'--input={folder}/text.txt', '--name=text', f'--tokenizer={spec}', '--num_proc=1',
+                      f'--data_dir={folder}'])
+    return folder
 
 
-def test_a_report_of_several_types(go, monkeypatch, capsys):
-    words = ['--variants=gpt2,diffusion,drifting', '--seeds=1']
-    folder = go(*words)
-    runs = sorted(os.listdir(folder / 'runs'))
-    assert runs == ['diffusion_seed1', 'drifting_seed1', 'encoder', 'gpt2_seed1', 'judge']
+@pytest.fixture(scope='module')
+def words(place):
+    """words(name, *args) -> arguments of a comparison in the folder `name`."""
+    return lambda name, *args: [f'--recipe={place}/recipe.py', '--dataset=text_bpe280', f'--data_dir={place}',
+                                f'--out_dir={place}/{name}', '--device=cpu', '--tokens=1024', '--samples=20', '--length=16',
+                                *args]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments that train.py is given, in this process: a command for each would take most of the time."""
+    given = []
+
+    def call(config, arguments):
+        given.append(arguments)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        assert train.main(arguments) == 0
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    monkeypatch.setattr(compare, 'call', call)
+    return given
+
+
+def results(folder):
+    return json.loads((folder / 'results.json').read_text())
+
+
+def state_of(folder, which='last'):
+    return checkpoint.load(checkpoint.find(str(folder), which))
+
+
+def test_a_report_of_several_types(place, words, calls):
+    args = words('report', '--variants=gpt2,diffusion,drifting', '--seeds=1')
+    compare.main(args)
+    folder = place / 'report'
+    assert sorted(os.listdir(folder / 'runs')) == ['diffusion_seed1', 'drifting_seed1', 'encoder', 'gpt2_seed1', 'judge']
     page = (folder / 'report.html').read_text(encoding='utf-8')
     assert page.count('<img src="data:image/png;base64,') == 6 and not re.search(r'https?://|src="(?!data:)', page)
-    found = json.loads((folder / 'results.json').read_text())
+    assert page.count('alt="') == 6 and 'alt=""' not in page and '≤' in page and '<pre>&lt;|endoftext|&gt;' not in page
+    found = results(folder)
     rows = {row['variant']: row for row in found['rows']}
     assert list(rows) == ['gpt2', 'diffusion', 'drifting'] and 'real text' in found['others']
-    assert rows['gpt2']['loss'][1] == 0 and rows['diffusion']['bound'] and rows['drifting']['loss'] is None
-    assert '≤' in page and rows['drifting']['nfe'] == [1, 0]
-    command = found['commands']['diffusion, seed 1']
-    assert command.startswith('train.py') and '--seed=1' in command
-    state = checkpoint.load(checkpoint.find(str(folder / 'runs' / 'gpt2_seed1'), 'last'))
-    assert state['iter_num'] == 8  # 1,024 tokens
+    assert rows['gpt2']['likelihood']['loss'][1] == 0 and rows['diffusion']['bound']
+    assert rows['diffusion']['likelihood']['stderr'][0] > 0 and rows['drifting']['likelihood']['loss'] is None
+    quality = rows['drifting']['quality']
+    assert quality['nfe'] == [1, 0] and all(pair is not None for pair in quality.values())
+    p = quality['classifier'][0]
+    assert quality['classifier_stderr'][0] == pytest.approx((p * (1 - p) / 40) ** 0.5)
+    assert all(title in page for title in (*report.LIKELIHOOD.values(), 'MAUVE', 'JS 4', 'distinct 3', 'repeated'))
+    facts = found['facts']
+    assert '--variants=gpt2,diffusion,drifting' in facts['command'] and facts['device'] == 'cpu' and facts['threads'] == 1
+    assert {'hours of training', 'hours of judge and encoder', 'hours of evaluation', 'machine'} <= set(facts)
+    assert '--seed=1' in found['commands']['diffusion_seed1']['command'] and 'commit' in found['commands']['judge']
 
-    calls = []
-    monkeypatch.setattr(compare, 'call', lambda config, given: calls.append(given))
-    capsys.readouterr()
-    go(*words)
-    assert calls == []  # all is known
-    again = json.loads((folder / 'results.json').read_text())
-    assert again['rows'] == found['rows']
-
-
-def test_what_was_cut_short_is_resumed_and_what_is_missing_is_trained(go, monkeypatch):
-    folder = go('--variants=duo', '--seeds=3', '--samples=0', name='cut')
-    log = folder / 'runs' / 'duo_seed3' / 'metrics.jsonl'
-    log.write_text(''.join(line for line in log.read_text().splitlines(True) if '"iter": 8' not in line))
-    calls, real = [], compare.call
-
-    def call(config, words):
-        calls.append(words)
-        return real(config, words)
-    monkeypatch.setattr(compare, 'call', call)
-    go('--variants=duo', '--seeds=3,4', '--samples=0', name='cut')
-    assert [words[0] for words in calls][0] == '--init_from=resume' and len(calls) == 2
-    assert any('--seed=4' in word for word in calls[1])
-    row, = json.loads((folder / 'results.json').read_text())['rows']
-    assert row['loss'][1] > 0 and row['fill_accuracy'][0] >= 0
+    assert len(calls) == 5 and state_of(folder / 'runs' / 'gpt2_seed1')['iter_num'] == 8  # 1,024 tokens
+    compare.main(args)
+    assert len(calls) == 5 and results(folder)['rows'] == found['rows']  # all is known
 
 
-def test_a_budget_in_seconds_is_measured_first(go, monkeypatch):
-    folder = go('--variants=gpt2', '--seeds=5', '--samples=0', '--seconds=0.5', name='seconds')
-    assert (folder / 'runs' / 'gpt2_seed5-trial').is_dir()
-    assert json.loads((folder / 'results.json').read_text())['facts']['budget'] == '0.5 seconds'
+def test_curves_have_points_and_the_time_counts(place, words, calls):
+    compare.main(words('curves', '--variants=gpt2', '--seeds=7', '--samples=0', '--tokens=5120'))
+    run = report.collect(str(place / 'curves' / 'runs' / 'gpt2_seed7'), '')
+    assert len(run['entries']) > 20 and run['seconds'] > 0 and run['speed'] > 0
+    points = report.curve(run, 'val_loss', 'seconds')
+    assert len(points) == 20 and points == sorted(points) and points[-1][0] == pytest.approx(run['seconds'])
+    assert [tokens for tokens, _ in report.curve(run, 'val_loss', 'tokens')] == [256 * i for i in range(1, 21)]
 
 
-@pytest.mark.parametrize('args, words', [
+def test_seconds_between_measurements():
+    entries = [{'iter': 0}, {'iter': 10, 'tokens_per_s': 100}, {'iter': 15}, {'iter': 20, 'tokens_per_s': 50}, {'iter': 23}]
+    assert [seconds for _, seconds in report.with_seconds(entries, 100)] == [0, 10, 15, 25, 31]
+
+
+def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls):
+    """A real signal to the real command: train.py saves in order, and the comparison ends with its exit code."""
+    args = ['--variants=duo', '--seeds=3', '--samples=0', '--tokens=25600']
+    cut, whole = words('cut', *args), words('whole', *args)
+    process = subprocess.Popen([sys.executable, 'compare.py', *cut], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    folder = place / 'cut' / 'runs' / 'duo_seed3'
+    until = time.monotonic() + 120
+    while not any(entry['iter'] >= 20 for entry in report.read_lines(str(folder))):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    state = state_of(folder)
+    assert 20 <= state['iter_num'] < 200 and f'after iteration {state["iter_num"]}' in said
+    assert not (place / 'cut' / 'report.html').exists()
+
+    compare.main(cut)
+    assert [given[0] for given in calls] == ['--init_from=resume']
+    compare.main(whole)
+    weights, others = state_of(folder)['model'], state_of(place / 'whole' / 'runs' / 'duo_seed3')['model']
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+    row, other = (results(place / name)['rows'][0]['likelihood'] for name in ('cut', 'whole'))
+    assert {**row, 'trained': 0} == {**other, 'trained': 0} and row['fill_accuracy'][0] >= 0
+
+
+def test_a_second_seed_is_trained_beside_the_first(place, words, calls):
+    compare.main(words('seeds', '--variants=gpt2', '--seeds=3', '--samples=0'))
+    compare.main(words('seeds', '--variants=gpt2', '--seeds=3,4', '--samples=0'))
+    assert len(calls) == 2 and '--seed=4' in calls[1]
+    assert results(place / 'seeds')['rows'][0]['likelihood']['loss'][1] > 0
+
+
+def test_finished_is_what_the_checkpoint_says(place, words, calls):
+    """A kill between the line of the last evaluation and the save of the best checkpoint leaves an older best one."""
+    compare.main(words('killed', '--variants=gpt2', '--seeds=1', '--samples=0'))
+    folder = str(place / 'killed' / 'runs' / 'gpt2_seed1')
+    state = state_of(folder)
+    loss = report.read_lines(folder)[-1]['val_loss']
+    assert compare.finished(folder, state, 8) and not compare.finished(folder, state, 9)
+    assert not compare.finished(folder, state | {'evaluated_iter': 7, 'best_val_loss': loss + 1}, 8)
+    assert compare.finished(folder, state | {'evaluated_iter': 7, 'best_val_loss': loss - 1}, 8)  # never saved again
+    assert not compare.finished(folder, None, 8)
+
+
+def test_a_budget_in_seconds_is_that_of_the_measured_speed(place, words, calls):
+    compare.main(words('seconds', '--variants=gpt2', '--seeds=5,6', '--samples=0', '--seconds=0.5'))
+    folder = place / 'seconds' / 'runs'
+    speeds = sorted(entry['tokens_per_s'] for entry in report.read_lines(folder / 'gpt2-trial') if 'tokens_per_s' in entry)
+    expected = max(1, round(0.5 * speeds[1] / 128))
+    assert len(speeds) == 3 and len(calls) == 3
+    assert [state_of(folder / f'gpt2_seed{seed}')['iter_num'] for seed in (5, 6)] == [expected] * 2
+    assert results(place / 'seconds')['facts']['budget'] == '0.5 seconds a run'
+    with pytest.raises(UserError, match='gpt2-trial holds a run with block_size=16, not 8'):
+        (place / 'other.py').write_text(RECIPE.replace('block_size = 16', 'block_size = 8'))
+        compare.main(words('seconds', '--variants=gpt2', '--seeds=5,6', '--samples=0', '--seconds=0.5', '--length=8',
+                           f'--recipe={place}/other.py'))
+
+
+@pytest.fixture(scope='module')
+def judged(place, words):
+    """The folder of a finished comparison with a judge."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, 'call', lambda config, arguments: train.main(arguments))
+        compare.main(words('judged', '--variants=gpt2', '--seeds=1'))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return place / 'judged'
+
+
+@pytest.mark.parametrize('args, differing', [
+    (['--tokens=2048'], 'max_iters=8, not 16'), (['--dataset=text_byte'], 'dataset=text_bpe280, not text_byte'),
+    (['--recipe={place}/faster.py'], 'learning_rate=0.01, not 0.02'),
+    (['--device=auto'], 'device=cpu, not auto')])
+def test_runs_of_another_comparison_are_refused(place, words, judged, calls, args, differing):
+    (place / 'faster.py').write_text(RECIPE.replace('1e-2', '2e-2'))
+    before = (judged / 'results.json').read_bytes()
+    with pytest.raises(UserError, match=f'{differing}.*--out_dir'):
+        compare.main(words('judged', '--variants=gpt2', '--seeds=1,2', *(arg.format(place=place) for arg in args)))
+    assert not calls and (judged / 'results.json').read_bytes() == before
+
+
+def test_an_evaluation_is_that_of_its_checkpoint_judge_and_text(words, judged, monkeypatch):
+    done, real = [], compare.evaluate.likelihood
+    monkeypatch.setattr(compare.evaluate, 'likelihood', lambda *args: done.append(args) or real(*args))
+
+    def evaluations(*args):
+        done.clear()
+        compare.main(words('judged', '--variants=gpt2', '--seeds=1', *args))
+        return len(done)
+    assert evaluations() == 0 and evaluations('--length=12') == 1 and evaluations() == 1
+    for name in ('judge', 'gpt2_seed1'):
+        path = checkpoint.find(str(judged / 'runs' / name))
+        torch.save(checkpoint.load(path) | {'run_id': f'another {name}'}, path)
+        assert evaluations() == 1 and evaluations() == 0
+    path = judged / 'runs' / 'gpt2_seed1' / 'evaluation.json'
+    path.write_text(path.read_text()[:100])  # a kill while it was written
+    with open(judged / 'runs' / 'gpt2_seed1' / 'metrics.jsonl', 'a') as f:
+        f.write('{"iter": 9, "lo')
+    assert evaluations() == 1 and evaluations() == 0
+    assert not glob.glob(f'{judged}/**/*.tmp', recursive=True)
+
+
+@pytest.mark.parametrize('recipe', sorted(glob.glob(f'{ROOT}/config/*.py')))
+def test_every_recipe_can_be_shared(place, words, recipe):
+    args = [f'--recipe={recipe}', '--dataset=text_byte', '--samples=0', '--tokens=1e8']
+    if read_config_file(recipe).get('init_from'):
+        with pytest.raises(UserError, match='from scratch'):
+            compare.plan(compare.configure(words('none', *args), compare.CompareConfig)[0])
+        return
+    config, _ = compare.configure(words('none', *args), compare.CompareConfig)
+    runs = compare.plan(config)
+    assert len(runs) == 1 + 3 * len(compare.EACH_TYPE)
+    for planned in runs:
+        max_iters = compare.iterations(config, planned)
+        settings, model_config, _ = train.read_settings([*planned.words, *planned.length(max_iters)])
+        asked = compare.VARIANTS[planned.variant]
+        assert model_config.model_type == asked.get('model_type', 'gpt2') and settings.num_epochs == 0
+        tokens = settings.batch_size * settings.gradient_accumulation_steps * model_config.block_size
+        assert settings.max_iters == max_iters == round(1e8 / tokens)
+        assert train.Schedule(settings, 1000).warmup <= max(max_iters / 10, settings.warmup_ratio * max_iters + 1)
+        assert settings.eval_interval <= max(1, max_iters / 20) and train.Schedule(settings, 1000).end == max_iters
+
+
+@pytest.mark.parametrize('args, message', [
     (['--variants=gpt3'], 'heat adaptive'), (['--seeds=a'], 'seeds'), (['--tokens=0'], 'tokens'),
-    (['--dataset=nowhere'], 'nowhere'),
+    (['--dataset=nowhere'], 'nowhere'), (['--tokens=nan'], 'finite'), (['--tokens=inf'], 'finite'),
+    (['--seconds=nan'], 'finite'),
+    (['--launch=nothing-of-the-sort'], 'no program'), (["--launch='"], 'no command line'), (['--length=1'], 'at least 4'),
+    (['--length=17'], '16 tokens'), (['--samples=-1'], 'samples'), (['--samples=9'], 'at least 10'),
+    (['--samples=100000'], '--samples='), (['--variants=gpt2,heat,gpt2'], 'twice'), (['--seeds=1,2,01'], 'twice'),
+    (['--seeds=1,1000'], 'judge'), (['--seeds=1001'], 'encoder'), (['--tokens=10'], '--tokens=128'),
+    (['--recipe=nowhere.py'], 'nowhere.py'), (['--device=abacus'], 'device'), (['--seeds=9223372036854775808'], 'seed='),
 ])
-def test_mistakes_are_one_line(go, args, words):
-    with pytest.raises(UserError, match=words):
-        go(*args, name='wrong')
+def test_mistakes_are_one_line_and_nothing_is_written(place, words, calls, args, message):
+    with pytest.raises(UserError, match=message):
+        compare.main(words('wrong', *args))
+    assert not calls and not (place / 'wrong').exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(place, words, calls):
+    with pytest.raises(UserError, match='out_dir='):
+        compare.main(words('text.txt'))
+    assert not calls

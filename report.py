@@ -1,0 +1,216 @@
+"""
+The page of a comparison: means over seeds, curves, samples and commands, in one file that loads nothing from elsewhere.
+"""
+import base64
+import io
+import json
+import math
+import os
+import platform
+import statistics
+
+import jinja2
+import torch
+
+import checkpoint
+from configurator import UserError
+from plot_results import plt, reliability
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LIKELIHOOD = {'loss': 'loss', 'stderr': 'standard error', 'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy',
+              'ece': 'ECE', 'brier': 'Brier', 'fill_accuracy': 'fill-in accuracy', 'trained': 'trained tokens/s'}
+QUALITY = {'classifier': 'classifier', 'classifier_stderr': 'standard error', 'mauve': 'MAUVE', 'js_1': 'JS 1',
+           'js_2': 'JS 2', 'js_3': 'JS 3', 'js_4': 'JS 4', 'judge_perplexity': "judge's perplexity", 'entropy': 'entropy',
+           'distinct_1': 'distinct 1', 'distinct_2': 'distinct 2', 'distinct_3': 'distinct 3', 'repetition': 'repeated',
+           'nfe': 'NFE', 'tokens_per_s': 'tokens/s'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def write_whole(path, text):
+    """Writes a file so that a reader never sees half of it. Raises UserError if it cannot."""
+    try:
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from None
+
+
+def read_lines(folder):
+    """The entries of a run's metrics.jsonl; none where it has not begun. A last line that is not whole was cut by a kill,
+    and will be written again."""
+    path = os.path.join(folder, 'metrics.jsonl')
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except FileNotFoundError:
+        return []
+    try:
+        return [json.loads(line) for line in text[:text.rfind('\n') + 1].splitlines()]
+    except ValueError as e:
+        raise UserError(f'{path} is damaged: {e}; remove its folder, and it is trained again') from None
+
+
+def collect(folder, command):
+    """What the report needs of one trained run, but for its evaluation."""
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        settings = json.load(f)
+    per_iter = settings['batch_size'] * settings['gradient_accumulation_steps'] * settings['block_size']
+    entries = read_lines(folder)
+    speeds = [entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry]
+    *_, (_, seconds) = with_seconds(entries, per_iter)
+    return {'entries': entries, 'tokens_per_iter': per_iter, 'speed': statistics.median(speeds) if speeds else None,
+            'seconds': seconds, 'settings': settings, 'command': command}
+
+
+def with_seconds(entries, per_iter):
+    """Yields the entries of metrics.jsonl, each with the seconds of training before it: between two measurements of the
+    speed the last one counts, before the first that one."""
+    speed = next((entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry), math.inf)
+    seconds, last = 0.0, 0
+    for entry in entries:
+        speed = entry.get('tokens_per_s', speed)
+        seconds += (entry['iter'] - last) * per_iter / speed
+        last = entry['iter']
+        yield entry, seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+def spread_of(values):
+    """Mean and standard deviation over seeds, of those that are numbers; None where there is none."""
+    values = [v for v in values if v is not None and math.isfinite(v)]
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def numbers_of(run):
+    """{column: number} of one run; missing where its type has none."""
+    likely, quality = run['evaluation']['likelihood'], run['evaluation']['quality']
+    n, p = run['evaluation']['asked']['samples'], quality.get('classifier')
+    found = {'likelihood': likely | {'loss': likely.get('bound', likely.get('loss')), 'stderr': likely.get('nelbo_stderr'),
+                                     'trained': run['speed']}}
+    return found | {'quality': quality if p is None else quality | {'classifier_stderr': classifier_stderr(p, n)}}
+
+
+def classifier_stderr(p, n):
+    """Of an accuracy p of telling n samples from as many texts."""
+    return math.sqrt(p * (1 - p) / (2 * n))
+
+
+def row_of(name, runs):
+    """The means over seeds of one variant: {column: (mean, deviation) or None} in two parts."""
+    numbers = [numbers_of(run) for run in runs]
+    parts = {part: {key: spread_of([its[part].get(key) for its in numbers]) for key in columns}
+             for part, columns in (('likelihood', LIKELIHOOD), ('quality', QUALITY))}
+    return {'variant': name, 'bound': 'bound' in runs[0]['evaluation']['likelihood']} | parts
+
+
+def hours(runs):
+    return round(sum(run['seconds'] for run in runs) / 3600, 3)
+
+
+def machine_facts(runs):
+    """Where and by what the runs were made."""
+    def every(key):
+        return ', '.join(sorted({str(run['settings'].get(key)) for run in runs}))
+    device = every('device_used')
+    if device.startswith('cuda') and torch.cuda.is_available():
+        device += f' ({torch.cuda.get_device_name()})'
+    return {'machine': f'{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}', 'device': device,
+            'ranks': every('world_size'), 'threads': torch.get_num_threads(), 'dtype': every('dtype_used'),
+            'torch': every('torch'), 'commit of the runs': every('commit'), 'commit of the report': checkpoint.commit()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+def picture(title, x, y, draw):
+    """-> the address of a PNG in the page itself, what it shows in words; `draw(axes)` puts the data in."""
+    fig, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
+    draw(axes)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    out = io.BytesIO()
+    fig.savefig(out, format='png', dpi=130)
+    plt.close(fig)
+    address = 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
+    return address, f'{title}: {y} against {x}, of {", ".join(names)}'
+
+
+def curve(run, key, against):
+    """Points of a run's evaluations: tokens or seconds of training, and the value. That of the initial weights is left out,
+    which would press all others together."""
+    per_iter = run['tokens_per_iter']
+    return [(entry['iter'] * per_iter if against == 'tokens' else seconds, entry[key])
+            for entry, seconds in with_seconds(run['entries'], per_iter) if entry.get(key) is not None and entry['iter']]
+
+
+def draw_curves(axes, variants, key, against):
+    for number, (name, runs) in enumerate(variants.items()):
+        for i, run in enumerate(runs):
+            points = curve(run, key, against)
+            if points:
+                axes.plot(*zip(*points), color=f'C{number % 10}', linestyle='-' if number < 10 else '--', linewidth=1,
+                          marker='.', label=None if i else name)
+
+
+def draw_scatter(axes, rows):
+    for number, row in enumerate(rows):
+        speed, classifier = row['quality']['tokens_per_s'], row['quality']['classifier']
+        if speed and classifier:
+            axes.scatter(speed[0], classifier[0], color=f'C{number % 10}', label=row['variant'])
+    axes.set_xscale('log')
+
+
+def pictures(variants, rows):
+    likely = {name: runs for name, runs in variants.items() if 'loss' in runs[0]['evaluation']['likelihood']}
+    found = []
+    for key, title, y in (('val_loss', 'Validation loss, causal types', 'nats per token'),
+                          ('val_accuracy', 'Next-token accuracy', 'share of positions')):
+        for against in ('tokens', 'seconds'):
+            found.append(picture(title, f'{against} of training', y,
+                                 lambda axes, key=key, against=against: draw_curves(axes, likely, key, against)))
+    first = {name: runs[0]['evaluation']['likelihood'] for name, runs in variants.items()}
+    bins = {name: (its['bins'], its['ece']) for name, its in first.items() if 'bins' in its}
+    found.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
+    if any(row['quality']['classifier'] for row in rows):
+        found.append(picture('Speed and quality of sampling', 'tokens per second',
+                             'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+def write(out_dir, facts, variants, beside):
+    """Writes results.json and report.html; returns the page's path and the rows.
+
+    variants: {name: runs, as `collect` gives them, each with its 'evaluation'}; beside: the runs that helped."""
+    rows = [row_of(name, runs) for name, runs in variants.items()]
+    compared = [run for runs in variants.values() for run in runs]
+    others = next((run['evaluation']['others'] for run in compared if 'others' in run['evaluation']), {})
+    n = facts['samples of each run']
+    others = {name: its | {'classifier_stderr': classifier_stderr(its['classifier'], n)} for name, its in others.items()}
+    facts = facts | {'hours of training': hours(compared), 'hours of judge and encoder': hours(beside),
+                     'hours of evaluation': hours([run['evaluation'] for run in compared])}
+    facts |= machine_facts(compared + beside)
+    commands = {os.path.basename(run['settings']['out_dir']): {'command': run['command'],
+                                                               'commit': run['settings']['commit']}
+                for run in beside + compared}
+    write_whole(os.path.join(out_dir, 'results.json'),
+                json.dumps({'facts': facts, 'rows': rows, 'others': others, 'commands': commands}, indent=1))
+    with open(os.path.join(HERE, 'report.html'), encoding='utf-8') as f:
+        template = jinja2.Template(f.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    texts = {name: runs[0]['evaluation']['texts'] for name, runs in variants.items()}
+    path = os.path.join(out_dir, 'report.html')
+    write_whole(path, template.render(rows=rows, others=others, facts=facts, pictures=pictures(variants, rows), texts=texts,
+                                      commands=commands, samples=n, likelihood=LIKELIHOOD, quality=QUALITY))
+    return path, rows
