@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
-from configurator import UserError, one_of
+from configurator import UserError, one_of, parse
 from corpus import hub_is_reachable
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_spec
@@ -23,6 +23,8 @@ HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], '
             'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 EXPORTED, EXPORTED_KEYS = 'nanodrift', ('model_args', 'tokenizer', 'run_id', 'parents', 'encoder')  # of config.json
+ENCODER = 'encoder'  # folder inside an export, of the model that drifting was trained with
+INSIDE = f'hf:./{ENCODER}'  # what its config.json calls that, wherever the export is now
 TABLE = 'transformer.wte.weight'  # and the head's
 
 
@@ -117,11 +119,14 @@ def find(out_dir, which='best'):
 
 
 def model_config(model_args):
-    """The GPTConfig of a checkpoint's model_args. Raises UserError on arguments that this version does not know."""
-    unknown = set(model_args) - set(GPTConfig.__dataclass_fields__)
+    """The GPTConfig of a checkpoint's model_args. Raises UserError on arguments that this version does not know, and on
+    those of a wrong type."""
+    known = {f.name: f for f in fields(GPTConfig)}
+    unknown = set(model_args) - set(known)
     if unknown:
         raise UserError(f'the checkpoint has model arguments unknown here: {", ".join(sorted(unknown))}')
-    return GPTConfig(**model_args)
+    return GPTConfig(**{name: parse(name, value, known[name].type, known[name].metadata['choices'],
+                                    known[name].metadata['numeric']) for name, value in model_args.items()})
 
 
 def open_run(name, which='best'):
@@ -133,18 +138,35 @@ def open_run(name, which='best'):
     folder = name.removeprefix('hf:')
     config = _hf_config(folder)
     if config.get('model_type') == EXPORTED:
+        check_facts(name, config, EXPORTED_KEYS)
         weights = _hf_tensors(folder)
         weights |= {'lm_head.weight': weights[TABLE]} if TABLE in weights else {}
-        missing = [key for key in EXPORTED_KEYS if key not in config and key != 'encoder']
-        if missing:
-            raise UserError(f'{name}: its config.json lacks {", ".join(missing)}')
-        return {key: config.get(key) for key in EXPORTED_KEYS} | {'model': weights, 'config': {}, 'iter_num': 0}
+        facts = {key: config.get(key) for key in EXPORTED_KEYS}
+        if facts['model_args'].get('encoder') == INSIDE:
+            facts['model_args'] = facts['model_args'] | {'encoder': f'{name.rstrip("/")}/{ENCODER}'}
+        facts['model_args'] = asdict(model_config(facts['model_args']))
+        return facts | {'model': weights, 'config': {}, 'iter_num': 0}
+    if EXPORTED in config:
+        check_facts(name, config[EXPORTED], ('tokenizer', 'run_id', 'parents'))
     model_args, weights = load_hf(folder)
     gpt2 = tokenizer_from_spec('gpt2')
     facts = {'tokenizer': gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None,
              'run_id': f'hf:{fingerprint(weights)}', 'parents': []}  # by any name it is the same
     return facts | config.get(EXPORTED, {}) | {'model_args': model_args, 'model': weights, 'config': {}, 'iter_num': 0,
                                                'foreign': config['model_type']}
+
+
+def check_facts(name, facts, keys):
+    """Raises UserError where what export.py wrote of a model into its config.json is not all there, or of a wrong type."""
+    kinds = {'model_args': dict, 'tokenizer': dict, 'run_id': str, 'parents': list, 'encoder': (str, type(None))}
+    if not isinstance(facts, dict):
+        raise UserError(f'{name}: {EXPORTED} in its config.json is not what export.py writes')
+    missing = [key for key in keys if key not in facts and key != 'encoder']
+    if missing:
+        raise UserError(f'{name}: its config.json lacks {", ".join(missing)}')
+    wrong = [key for key in keys if not isinstance(facts.get(key), kinds[key])]
+    if wrong:
+        raise UserError(f'{name}: {", ".join(wrong)} in its config.json is not what export.py writes')
 
 
 def refuse_foreign(state):
@@ -167,7 +189,11 @@ def load_model(checkpoint, device='cpu'):
     if checkpoint.get('foreign'):
         start_from(model, checkpoint['model'])
     else:
-        model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
+        try:
+            model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
+        except RuntimeError as e:
+            first = str(e).splitlines()[1].strip()
+            raise UserError(f'the weights are not those of the model that is described beside them: {first[:200]}') from None
     refuse_encoder(model, checkpoint)
     return model.to(device).eval()
 
@@ -261,14 +287,17 @@ def own_names(model):
 # Hugging Face
 
 def _hf_file(name, filename):
-    """Path of a file of a local folder or of a Hub repository; None if there is no such file."""
+    """Path of a file of a local folder or of a Hub repository (OWNER/NAME, maybe with a folder in it); None if there is no
+    such file."""
     if os.path.isdir(name):
         path = os.path.join(name, filename)
         return path if os.path.isfile(path) else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    owner, *rest = name.split('/', 2)
+    repository, inside = '/'.join([owner, *rest[:1]]), rest[1:]
     try:
-        return hf_hub_download(name, filename, local_files_only=not hub_is_reachable())
+        return hf_hub_download(repository, '/'.join([*inside, filename]), local_files_only=not hub_is_reachable())
     except LocalEntryNotFoundError:
         raise UserError(f'hf:{name} is neither a local folder nor can it be downloaded now; on a machine with a network '
                         f'get its config.json and model.safetensors and use --init_from=hf:FOLDER') from None

@@ -3,15 +3,19 @@ A checkpoint for others: a folder in Hugging Face's format, weights as safetenso
 
     python export.py --out_dir=out --to=my-model
     python sample.py --init_from=hf:my-model              here, from disk or, once uploaded, from the Hub
+    python generate_diffusion.py --out_dir=hf:my-model    masked diffusion likewise
 
 A gpt2 model becomes what transformers loads: GPT2LMHeadModel.from_pretrained('my-model'), AutoTokenizer likewise. Every
-other type becomes a config.json and a model.safetensors that this repository loads (`hf:FOLDER_OR_NAME`).
+other type becomes a config.json and a model.safetensors that this repository loads (`hf:FOLDER_OR_NAME`), drifting with its
+encoder in a folder inside.
 """
 import json
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
@@ -100,40 +104,79 @@ def hf_tokenizer(tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
-def write_json(folder, name, value):
+def write_text(folder, name, text):
     with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
+        f.write(text)
+
+
+def write_json(folder, name, value):
+    write_text(folder, name, json.dumps(value, indent=1))
 
 
 def export(state, folder):
-    """Writes a checkpoint's model and tokenizer to a new folder. Raises UserError if it is there already."""
+    """Writes a checkpoint's model and tokenizer to a new folder, with the encoder of a drifting model inside. The folder is
+    there when it is whole. Raises UserError if it is there already, or cannot be written."""
     checkpoint.refuse_foreign(state)
-    c = checkpoint.model_config(state['model_args'])
+    folder = os.path.normpath(folder)
     if os.path.exists(folder):
         raise UserError(f'{folder} exists: name a new folder with --to')
-    tokenizer = tokenizer_from_meta(state['tokenizer'])
+    kind, encoder = checkpoint.model_config(state['model_args']).model_type, None
+    if kind == 'drifting':
+        encoder = checkpoint.load_model(state).encoder
+        state = state | {'model_args': state['model_args'] | {'encoder': checkpoint.INSIDE}}
+    temporary = folder + '.tmp'
+    try:
+        if os.path.exists(temporary):  # of an export that was killed
+            shutil.rmtree(temporary)
+        os.makedirs(temporary)
+        (write_gpt2 if kind == 'gpt2' else write_ours)(state, temporary)
+        if encoder is not None:
+            its = encoder.source | {'model_args': asdict(encoder.config), 'model': encoder.state_dict()}
+            os.mkdir(os.path.join(temporary, checkpoint.ENCODER))
+            write_ours(its, os.path.join(temporary, checkpoint.ENCODER))  # to the last bit: it is known by its fingerprint
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f'cannot write to={folder}: {getattr(e, "strerror", None) or e}') from None
+
+
+def write_gpt2(state, folder):
+    """What transformers loads, into an empty folder."""
+    c, tokenizer = checkpoint.model_config(state['model_args']), tokenizer_from_meta(state['tokenizer'])
+    facts = {key: state[key] for key in ('tokenizer', 'run_id', 'parents')}  # which transformers leaves alone
+    write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {checkpoint.EXPORTED: facts})
+    write_weights(folder, gpt2_weights(state.get('ema') or state['model'], c))
+    write_tokenizer(folder, tokenizer, c.block_size)
+
+
+def write_ours(state, folder):
+    """What this repository loads, into an empty folder."""
+    facts = {key: state.get(key) for key in checkpoint.EXPORTED_KEYS}  # runs of before have no encoder
+    write_json(folder, 'config.json', {'model_type': checkpoint.EXPORTED} | facts)
     weights = state.get('ema') or state['model']
-    os.makedirs(folder)
-    if c.model_type == 'gpt2':
-        facts = {key: state[key] for key in ('tokenizer', 'run_id', 'parents')}  # which transformers leaves alone
-        write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {checkpoint.EXPORTED: facts})
-        weights = gpt2_weights(weights, c)
-    else:
-        facts = {key: state.get(key) for key in checkpoint.EXPORTED_KEYS}  # runs of before have no encoder
-        write_json(folder, 'config.json', {'model_type': checkpoint.EXPORTED} | facts)
-        weights = {name: tensor.contiguous().clone() for name, tensor in weights.items() if name != 'lm_head.weight'}
+    untied = {name: tensor.contiguous().clone() for name, tensor in weights.items() if name != 'lm_head.weight'}
+    write_weights(folder, untied)
+    write_tokenizer(folder, tokenizer_from_meta(state['tokenizer']), state['model_args']['block_size'])
+
+
+def write_weights(folder, weights):
     save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
-    hf_tokenizer(tokenizer).save(os.path.join(folder, 'tokenizer.json'))
+
+
+def write_tokenizer(folder, tokenizer, block_size):
+    write_text(folder, 'tokenizer.json', hf_tokenizer(tokenizer).to_str(pretty=True))
     write_json(folder, 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': EOT_TEXT, 'eos_token': EOT_TEXT, 'unk_token': EOT_TEXT,
-        'model_max_length': c.block_size, 'clean_up_tokenization_spaces': False})
+        'model_max_length': block_size, 'clean_up_tokenization_spaces': False})
 
 
 def main(argv):
     config, _ = configure(argv, ExportConfig, description=__doc__)
     state = checkpoint.open_run(config.out_dir, config.ckpt)
     export(state, config.to)
-    print(f'{config.to}: python sample.py --init_from=hf:{config.to}')
+    diffusion = state['model_args'].get('model_type') == 'diffusion'
+    print(f'{config.to}: python ' + ('generate_diffusion.py --out_dir' if diffusion else 'sample.py --init_from')
+          + f'=hf:{config.to}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,12 @@
 """export.py: transformers computes and writes what this repository does; every type comes back as it was."""
+import json
+import os
+
 import pytest
 import torch
 from conftest import TINY, pseudo_text
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import export
@@ -94,13 +99,77 @@ def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
     assert checkpoint.load(checkpoint.find(child))['parents'] == [state['run_id']]
 
 
-def test_drifting_comes_back_with_the_name_of_its_encoder(trained, tmp_path):
-    encoder = trained('encoder')
+def test_drifting_takes_its_encoder_along(trained, tmp_path, monkeypatch):
+    """From disk and from the Hub, where the encoder is a folder of the same repository."""
+    encoder = trained('encoder', bias=False)
     out_dir = trained('drifting', model_type='drifting', encoder=encoder)
-    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
-    again = checkpoint.load_model(checkpoint.open_run(f'hf:{tmp_path}/hf'))
     mine = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
-    assert torch.equal(again.generate_at_once(2, seed=1), mine.generate_at_once(2, seed=1))
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    os.rename(encoder, f'{encoder}-elsewhere')
+    with pytest.raises(UserError, match='encoder='):
+        export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/too-late'])
+    os.rename(tmp_path / 'hf', tmp_path / 'moved')
+
+    def download(repository, filename, **_):
+        assert repository == 'some/model'
+        if not (tmp_path / 'moved' / filename).exists():
+            raise EntryNotFoundError('no such file')
+        return str(tmp_path / 'moved' / filename)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
+    monkeypatch.setattr(checkpoint, 'hub_is_reachable', lambda: True)
+    for name in (f'hf:{tmp_path}/moved', f'hf:{tmp_path}/moved/', 'hf:some/model'):
+        again = checkpoint.load_model(checkpoint.open_run(name))
+        assert torch.equal(again.generate_at_once(2, seed=1), mine.generate_at_once(2, seed=1))
+        assert again.encoder.source == mine.encoder.source
+    export.main([f'--out_dir=hf:{tmp_path}/moved', f'--to={tmp_path}/again'])  # and once more
+    assert (tmp_path / 'again' / 'encoder' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('model_type, command', [
+    ('gpt2', 'sample.py --init_from=hf:'), ('diffusion', 'generate_diffusion.py --out_dir=hf:')])
+def test_the_command_that_is_printed_writes_text(trained, tmp_path, capsys, model_type, command):
+    out_dir = trained(model_type=model_type)
+    capsys.readouterr()
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    assert capsys.readouterr().out == f'{tmp_path}/hf: python {command}{tmp_path}/hf\n'
+
+
+def test_a_killed_export_is_not_in_the_way(trained, tmp_path, monkeypatch):
+    args = [f'--out_dir={trained()}', f'--to={tmp_path}/hf/']
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, 'write_tokenizer', killed)
+        export.main(args)
+    assert not (tmp_path / 'hf').exists()
+    export.main(args)
+    assert (tmp_path / 'hf' / 'tokenizer.json').exists() and not (tmp_path / 'hf.tmp').exists()
+
+
+@pytest.mark.parametrize('model_type', ['gpt2', 'heat'])
+def test_a_spoilt_folder_is_one_line(trained, tmp_path, model_type):
+    out_dir = trained(model_type=model_type)
+    export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
+    path, weights = tmp_path / 'hf' / 'config.json', tmp_path / 'hf' / 'model.safetensors'
+    config, ours = json.loads(path.read_text()), model_type != 'gpt2'
+    args, facts = (config['model_args'], config) if ours else (config, config['nanodrift'])
+    changes = [(args, 'n_layer', 1), (args, 'n_layer', 3), (args, 'n_layer', 'two'), (args, 'n_layer', [2]),
+               (args, 'n_embd', None), (args, 'n_head', {}), (facts, 'parents', 'x'), (facts, 'run_id', 5),
+               (facts, 'tokenizer', []), (facts, 'tokenizer', {'name': 'byte', 'identity': 'x'})]
+    for where, key, value in changes:
+        before, where[key] = where[key], value
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError) as found:
+            sample.main([f'--init_from=hf:{tmp_path}/hf', '--num_samples=1', '--max_new_tokens=2', '--device=cpu'])
+        assert '\n' not in str(found.value) and len(str(found.value)) < 400, (key, value)
+        where[key] = before
+    path.write_text(json.dumps(config))
+    tensors = load_file(weights)
+    tensors.pop('transformer.h.1.ln_1.weight')
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match='transformer.h.1.ln_1.weight'):
+        sample.main([f'--init_from=hf:{tmp_path}/hf', '--device=cpu'])
 
 
 def test_mistakes_are_one_line(trained, tmp_path, place):
@@ -109,6 +178,8 @@ def test_mistakes_are_one_line(trained, tmp_path, place):
         export.main([f'--out_dir={out_dir}'])
     with pytest.raises(UserError, match='exists'):
         export.main([f'--out_dir={out_dir}', f'--to={tmp_path}'])
+    with pytest.raises(UserError, match='cannot write to='):
+        export.main([f'--out_dir={out_dir}', f'--to={out_dir}/ckpt.pt/hf'])
     with pytest.raises(UserError, match='nowhere'):
         export.main(['--out_dir=nowhere', f'--to={tmp_path}/x'])
     with pytest.raises(UserError, match='tokenizer'):
