@@ -10,10 +10,13 @@ Causal types: loss, perplexity, bits per byte, accuracy, calibration. Diffusion:
 standard error. With a judge, a causal checkpoint that none of the others is or comes from: how far samples are from held-out
 text, for every type alike, beside real text and n-gram models (quality.py). The last line of stdout is one JSON object.
 """
+import io
 import json
 import math
 import os
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,6 +76,8 @@ class EvalConfig:
             raise UserError(f'figure={self.figure} must end in .png')
         if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
             raise UserError(f'figure={self.figure}: there is no such folder')
+        if self.figure and not os.access(os.path.dirname(self.figure) or '.', os.W_OK) or os.path.isdir(self.figure):
+            raise UserError(f'figure={self.figure} cannot be written')
 
 
 @dataclass
@@ -348,7 +353,6 @@ def evaluate(config, how, ranks):
     samples = sample_quality(config, how, entries, judge, ranks) if judge else {}
     if ranks.first:
         tell(config, entries, found, samples)
-        draw_reliability(config, found)
     return found, samples
 
 
@@ -356,15 +360,20 @@ def tell(config, entries, found, samples):
     """Prints the tables, and what may not be compared."""
     console = Console(width=max(WIDTH, Console().width))
     texts = {data_of(config, entry)[1]['splits']['val']['text_sha256'] for entry in entries}
-    hide = () if len({entry.identity for entry in entries}) == 1 else ('loss', 'perplexity')
+    hide = () if len({entry.identity for entry in entries}) == 1 else set(LIKELIHOOD) - {'bits_per_byte'}
     if len(texts) > 1:
-        hide = tuple(LIKELIHOOD)
-    named = {f'{entry.name} ({entry.model.config.model_type})': found[entry.name] for entry in entries}
+        hide = set(LIKELIHOOD)
+    contexts = {entry.name: entry.model.config.block_size for entry in entries}
+    named = {f'{entry.name} ({entry.model.config.model_type}, context {contexts[entry.name]})': found[entry.name]
+             for entry in entries}
     show('validation text', named, LIKELIHOOD, console, hide)
     if len(texts) > 1:
         console.print('different validation texts: nothing here can be compared; name one text with --data')
     elif hide:
-        console.print('different tokenizers: losses and perplexities cannot be compared, bits per byte can')
+        console.print('different tokenizers: what is counted for each token cannot be compared, bits per byte can')
+    if config.windows and len(set(contexts.values())) > 1:
+        console.print(f'different contexts: {config.windows} windows of each are different parts of the text; --windows=0 '
+                      'takes all of it')
     for entry in entries:
         kind = entry.model.config.model_type
         if entry.state.get('published_labels'):
@@ -388,16 +397,23 @@ def draw_reliability(config, found):
         print('no reliability to draw: none of these has a likelihood')
     elif config.figure:
         from plot_results import figure, reliability
-        figure(config.figure, 'Reliability', 'confidence', 'accuracy', lambda axes: reliability(axes, bins))
+        try:
+            figure(config.figure, 'Reliability', 'confidence', 'accuracy', lambda axes: reliability(axes, bins))
+        except OSError as e:
+            raise UserError(f'figure={config.figure} cannot be written: {e.strerror}') from None
 
 
 def main(argv):
     config, how, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
     ranks = setup_ranks(config.device, config.backend, timeout=1800)
     try:
         found, samples = evaluate(config, how, ranks)
         if ranks.first:
-            print(json.dumps(finite({'likelihood': found, 'samples': samples})))
+            print(json.dumps(finite({'likelihood': found, 'samples': samples})), flush=True)
+            with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
+                draw_reliability(config, found)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,11 +1,12 @@
 """evaluate.py: the numbers of training's own validation, one table, and who may judge whom."""
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import pseudo_text
+from conftest import pseudo_text, run_script
 
 import checkpoint
 import evaluate
@@ -36,7 +37,8 @@ def runs(place):
     for name, options in {'gpt2': [], 'judge': ['--seed=2'], 'duo': ['--model_type=duo'], 'ema': ['--ema=0.5'],
                           'repair': ['--model_type=diffusion'],
                           'nelbo': ['--model_type=diffusion', '--diffusion_objective=nelbo'],
-                          'child': [f'--init_from={place}/gpt2']}.items():
+                          'child': [f'--init_from={place}/gpt2'], 'encoder': ['--seed=3'], 'short': ['--block_size=8'],
+                          'drifting': ['--model_type=drifting', f'--encoder={place}/encoder']}.items():
         made[name] = str(place / name)
         assert train.main([*common, f'--out_dir={made[name]}', *options]) == 0
     return made
@@ -53,9 +55,19 @@ def go(runs, capsys):
     return start
 
 
-def test_a_reliability_figure(go, tmp_path):
-    out, found = go('gpt2,repair', f'--figure={tmp_path}/reliability.png')
-    assert (tmp_path / 'reliability.png').read_bytes().startswith(b'\x89PNG') and 'reliability.png' in out
+def test_a_reliability_figure(go, tmp_path, monkeypatch, runs, capsys):
+    go('gpt2,repair', f'--figure={tmp_path}/reliability.png')
+    assert (tmp_path / 'reliability.png').read_bytes().startswith(b'\x89PNG')
+    (tmp_path / 'folder.png').mkdir()
+    with pytest.raises(UserError, match='cannot be written'):
+        go('gpt2', f'--figure={tmp_path}/folder.png')
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('plot_results.figure', full)
+    with pytest.raises(UserError, match='No space left'):
+        go('gpt2', f'--figure={tmp_path}/reliability.png')
+    assert runs['gpt2'] in json.loads(capsys.readouterr().out.splitlines()[-1])['likelihood']  # the numbers come first
     with pytest.raises(UserError, match='no such folder'):
         go('gpt2', '--figure=/nowhere/at/all.png')
     with pytest.raises(UserError, match='must end in .png'):
@@ -195,6 +207,29 @@ def test_kin_cannot_judge(go, runs, judge, judged):
         go(judged, f'--judge={runs[judge]}', '--num_samples=10')
 
 
+def test_drifting_has_samples_and_no_likelihood(go, runs):
+    """Nor can its encoder judge it, in whose features it learned to look like text."""
+    args = ['--num_samples=20', '--length=16', '--windows=4']
+    out, found = go('drifting,gpt2', f'--judge={runs["judge"]}', *args)
+    assert f'{runs["drifting"]} (drifting) has no likelihood' in out.replace('\n', ' ')
+    assert found['likelihood'][runs['drifting']] == {} and found['samples'][runs['drifting']]['nfe'] == 1
+    with pytest.raises(UserError, match='cannot judge'):
+        go('drifting', f'--judge={runs["encoder"]}', *args)
+
+
+def test_contexts_are_shown_and_windows_of_different_ones_are_said_to_be(go):
+    out, _ = go('gpt2,short')
+    assert 'context 16' in out and 'context 8' in out and 'different contexts' not in out
+    assert 'different contexts: 5 windows' in go('gpt2,short', '--windows=5')[0]
+    assert 'different contexts' not in go('gpt2,judge', '--windows=5')[0]
+
+
+def test_a_terminal_without_the_sign_gets_a_table(runs):
+    done = run_script('evaluate.py', f'--out_dir={runs["nelbo"]}', '--device=cpu', '--windows=4',
+                      env={'PYTHONIOENCODING': 'ascii'})
+    assert '<= ' in done.stdout and ' ? ' in done.stdout
+
+
 def test_a_judge_is_causal_and_reads_the_same_tokens(go, runs, tmp_path, data_dir):
     with pytest.raises(UserError, match='not causal'):
         go('gpt2', f'--judge={runs["repair"]}', '--num_samples=10')
@@ -218,8 +253,8 @@ def test_different_tokenizers_of_one_text_meet_in_bits_per_byte(go, runs, place)
                        '--n_head=1', '--n_embd=8', '--block_size=16', '--device=cpu', '--compile=False']) == 0
     out, found = go(f'gpt2,{other}')
     table = out.split('different tokenizers')[0].split('validation text')[-1]
-    mine = found['likelihood'][str(other)]
-    assert f'{mine["bits_per_byte"]:.4f}' in table and f'{mine["loss"]:.4f}' not in table
+    shown = [f'{found["likelihood"][name]["bits_per_byte"]:.4f}' for name in (runs['gpt2'], str(other))]
+    assert re.findall(r'\d+\.\d+', table) == shown  # and nothing that is counted for each token
 
 
 MISTAKES = [(['--out_dir=nowhere'], 'nowhere'), (['--draws=0'], 'draws'), (['--length=1'], 'length')]
