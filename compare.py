@@ -159,7 +159,8 @@ def plan(config):
     for run_ in runs:
         block_size = run_.model_config.block_size
         if config.length > block_size:
-            raise UserError(f'length={config.length} is more than the {block_size} tokens that {run_.name} reads')
+            raise UserError(f'length={config.length} is more than the {block_size} tokens that {run_.name} reads: lower '
+                            '--length')
         for split in ('train', 'val'):
             run_.windows(split)
         if not config.seconds and config.tokens < run_.tokens_per_iter / 2:
