@@ -39,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 beside the compared ones
 BESIDE = {JUDGE: 1000, ENCODER: 1001}  # their seeds, which no other run has: a twin's judgement would be worth nothing
 TRIAL = 15  # iterations that tell how fast a variant is, for a budget in seconds
-EVALUATIONS = 20  # of each run, at least: the points of its curve
+EVALUATIONS = 10  # of each run, at least: the points of its curve
 SHOWN = 3  # samples of each variant in the report
 ELSEWHERE = ('out_dir', 'init_from', 'encoder', 'vocab_size')  # settings that may differ where the run is the same
 

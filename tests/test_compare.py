@@ -241,7 +241,8 @@ def test_every_recipe_can_be_shared(place, words, recipe):
         tokens = settings.batch_size * settings.gradient_accumulation_steps * model_config.block_size
         assert settings.max_iters == max_iters == round(1e8 / tokens)
         assert train.Schedule(settings, 1000).warmup <= max(max_iters / 10, settings.warmup_ratio * max_iters + 1)
-        assert settings.eval_interval <= max(1, max_iters / 20) and train.Schedule(settings, 1000).end == max_iters
+        assert settings.eval_interval <= max(1, max_iters / compare.EVALUATIONS)
+        assert train.Schedule(settings, 1000).end == max_iters
 
 
 @pytest.mark.parametrize('args, message', [
