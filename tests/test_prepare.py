@@ -426,11 +426,11 @@ def test_download_without_a_network(cli, dataset):
 @pytest.mark.parametrize('name, code', [('SIGINT', 130), ('SIGTERM', 143), ('SIGKILL', -9)])
 def test_interrupted(cli, tmp_path, name, code):
     small, large = write(tmp_path / 'small.txt', 'old text\n' * 100), tmp_path / 'large.txt'
-    large.write_text('new text of many lines\n' * 4_000_000, encoding='utf-8')
-    write(cli.work / 'data' / 'x_byte' / 'notes.txt', "the user's own")
-    assert cli.run(f'--input={small}', '--name=x', '--tokenizer=byte').code == 0
+    large.write_text('new text of many lines\n' * 2_000_000, encoding='utf-8')
+    write(cli.work / 'data' / 'x' / 'notes.txt', "the user's own")
+    assert cli.run(f'--input={small}', '--name=x').code == 0
     before = snapshot(cli.work)
-    process = cli.start(f'--input={large}', '--name=x', '--tokenizer=byte', f'--val_input={small}')
+    process = cli.start(f'--input={large}', '--name=x', f'--val_input={small}')
     while not any(map(os.path.getsize, glob.glob(f'{cli.work}/data/.*/train.bin'))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -444,7 +444,7 @@ def test_interrupted(cli, tmp_path, name, code):
     for folder in left:     # an hour later
         for path in (*glob.glob(f'{folder}/*'), folder):
             os.utime(path, (0, 0))
-    assert cli.run(f'--input={small}', '--name=x', '--tokenizer=byte').code == 0
+    assert cli.run(f'--input={small}', '--name=x').code == 0
     assert snapshot(cli.work) == before
 
 
