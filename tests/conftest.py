@@ -40,7 +40,8 @@ TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval
 
 WAYS = (*MODEL_TYPES, 'token drift')  # to train: an objective that couples the batch is a way of its own
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what tests start
+# a shell's background job ignores Ctrl-C, and so would every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pseudo_text(documents=40, seed=0):
