@@ -226,8 +226,8 @@ def fingerprint(weights):
 def refuse_encoder(model, state):
     """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
     if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
-        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: its weights have changed '
-                        'since; put the former ones there')
+        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: name that one with '
+                        '--encoder, or put the former weights there')
 
 
 def fitted(config, model_args):

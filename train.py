@@ -210,31 +210,32 @@ class Trainer:
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
             refuse_changes(resumed, model_config, self.meta)
-        weights = None
+        source = None
         if c.init_from not in ('scratch', 'resume'):
-            model_args, weights, rows = self._other_weights(model_config)
-            asked, model_config = model_config, checkpoint.fitted(model_config, model_args)
+            source = self._source_of_weights(model_config)
+            asked, model_config = model_config, checkpoint.fitted(model_config, source['model_args'])
             changed = [f'{k}={v}' for k, v in asdict(model_config).items() if getattr(asked, k) != v]
             self.say(f'taken from {c.init_from}: {", ".join(changed) or "nothing but weights"}')
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
             model = GPT(model_config)
-        if weights is not None:
-            fresh = checkpoint.start_from(model, weights, rows)
+        if source is not None:
+            fresh = checkpoint.start_from(model, source.get('ema') or source['model'], known_ids(source))
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         if model.encoder is not None:
             if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
                 raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
             refuse_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
+            if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
+                checkpoint.refuse_encoder(model, source)
             its = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in its if name not in self.parents)]
         for part in filter(None, (model, model.encoder)):
             part.gradient_checkpointing = c.gradient_checkpointing
         return model.to(self.ranks.device)
 
-    def _other_weights(self, model_config):
-        """-> model arguments and weights of --init_from=hf:NAME or --init_from=DIR, for the same vocabulary as the data,
-        and how many ids those weights know."""
+    def _source_of_weights(self, model_config):
+        """The checkpoint that --init_from=hf:NAME or --init_from=DIR names, of the same vocabulary as the data."""
         c = self.config
         if not c.init_from.startswith('hf:') and not os.path.isdir(c.init_from):
             raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
@@ -245,14 +246,12 @@ class Trainer:
         kind = checkpoint.PUBLISHED_TYPES.get(source.get('foreign'), model_config.model_type)
         if kind != model_config.model_type:
             raise UserError(f"{c.init_from} holds {source['foreign']} weights: --model_type={kind}, with their options")
-        model_args, weights = source['model_args'], source.get('ema') or source['model']
-        rows = model_args['vocab_size'] + checkpoint.model_config(model_args).textless_ids
         self.parents = [source['run_id'], *source['parents']]
-        known = self.meta['vocab_size']
+        rows, known = known_ids(source), self.meta['vocab_size']
         if rows not in (known, known + model_config.textless_ids):
             raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '
                             'the tokenizer of the weights')
-        return model_args, weights, rows
+        return source
 
     def _wrap(self, model):
         if self.config.compile and compiler_works(self.ranks.device):
@@ -467,6 +466,11 @@ class Trainer:
     def say(self, line):
         if self.ranks.first:
             tqdm.write(line)
+
+
+def known_ids(state):
+    """How many ids the weights of a checkpoint know."""
+    return state['model_args']['vocab_size'] + checkpoint.model_config(state['model_args']).textless_ids
 
 
 def refuse_tokenizer(what_fails, state, meta):

@@ -12,6 +12,7 @@ from conftest import TINY, resume
 import checkpoint
 import drifting
 import generate_diffusion
+import ngrams
 import sample
 import train
 from configurator import UserError
@@ -258,6 +259,8 @@ def test_a_changed_encoder_is_noticed(tiny, tmp_path, encoder, data_dir):
         checkpoint.load_model(checkpoint.load(checkpoint.find(config.out_dir)))
     with pytest.raises(UserError, match='not what this model was trained with'):
         resume(config.out_dir, '--max_iters=8')
+    with pytest.raises(UserError, match='not what this model was trained with'):  # its outputs would be no embeddings there
+        train.train(*tiny(out_dir='third', model_type='drifting', encoder=str(mine), init_from=config.out_dir))
     assert resume(config.out_dir, '--max_iters=8', f'--encoder={encoder}') == 0  # elsewhere, but the same
 
 
@@ -487,6 +490,7 @@ def test_collapse_is_reported():
     assert drifting.summary(sums)['collapsed'] == 1
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['collapsed'] == 0
     assert drifting.summary(sums | {'samples_all': real.flip(0)})['js_2'] == 0
+    assert drifting.summary(sums)['floor'] == ngrams.divergence(real[::2].numpy(), real[1::2].numpy(), 2) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
