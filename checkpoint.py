@@ -14,7 +14,7 @@ import torch
 
 from configurator import UserError, one_of, parse
 from corpus import hub_is_reachable
-from model import GPT, GPTConfig
+from model import ENCODER_OPTIONS, GPT, GPTConfig
 from tokenizer import tokenizer_from_spec
 
 # What the published variants call themselves, and what a Hugging Face GPT-2 may say of itself and still be that of model.py.
@@ -184,7 +184,7 @@ def load_model(checkpoint, device='cpu'):
     refuse_foreign(checkpoint)
     args = checkpoint['model_args']
     if args.get('diffusion_objective') == 'drift':
-        args = args | {'diffusion_objective': 'nelbo', 'encoder': '', 'drift_weight': GPTConfig.drift_weight}
+        args = args | {'diffusion_objective': 'nelbo'} | {name: getattr(GPTConfig, name) for name in ENCODER_OPTIONS}
     model = GPT(model_config(args))
     if checkpoint.get('foreign'):
         start_from(model, checkpoint['model'])

@@ -18,6 +18,7 @@ LEAST_SCALE = 1e-3
 ITSELF = 100.0  # added to the distance of a sample from itself
 PLACES = 32  # positions whose states are features of their own
 WINDOWS = (4, 16)
+STACKS = (1, 2, 4)  # neighbouring tokens whose embeddings together are a feature
 QUEUE = 1000  # examples before an iteration's own that further positives are taken from
 STYLES, STYLE_INDICES = 64, 32
 MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
@@ -107,13 +108,36 @@ def pool(states, places):
     return found
 
 
-def features(encoder, embeddings, places):
-    """{name: feature set (S, B, C)} of input embeddings (B, T, C) in a frozen GPT."""
+def of_states(encoder, embeddings, places):
+    """{name: feature set (S, B, C)} of the hidden states that a frozen GPT has for input embeddings (B, T, C)."""
     found = {}
     at = depths(encoder.config.n_layer)
     for depth, states in zip(at, encoder.states(embeddings, at)):
         found |= {f'{depth}_{name}': values for name, values in pool(states, places).items()}
     return found
+
+
+def of_tokens(encoder, embeddings, places):
+    """{name: feature set (S, B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side: what a field makes of
+    n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next token."""
+    around = embeddings - encoder.transformer.wte.weight.mean(0)
+    found = {}
+    for k in (k for k in STACKS if k <= embeddings.size(1)):
+        stacks = around.unfold(1, k, 1).flatten(2)  # (B, T-k+1, k*C)
+        found[f'tokens_{k}'] = stacks[:, places[places < stacks.size(1)]].transpose(0, 1)
+    return found
+
+
+def of_both(encoder, embeddings, places):
+    return of_states(encoder, embeddings, places) | of_tokens(encoder, embeddings, places)
+
+
+FEATURES = {'states': of_states, 'tokens': of_tokens, 'both': of_both}
+
+
+def features(encoder, embeddings, places, kind):
+    """{name: feature set (S, B, D)} of embeddings (B, T, C) of a frozen GPT."""
+    return FEATURES[kind](encoder, embeddings, places)
 
 
 @dataclass
@@ -174,13 +198,13 @@ def take_field(mine, real, places, ids, ranks):
 def couple(model, batches, ranks, rng):
     """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
     `rng` is the same on all ranks."""
-    places = some_places(batches[0][0].size(1), rng)
+    places, kind = some_places(batches[0][0].size(1), rng), model.config.drift_features
     length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
     mine, real, prefixes = [], [], []
     for noise, ids, style in batches:
         prefixes.append(ids[:len(noise), :length])
-        mine.append(features(model.encoder, model.generator_output(noise, style, prefixes[-1]), places))
-        real.append(features(model.encoder, model.encoder.transformer.wte(ids), places))
+        mine.append(features(model.encoder, model.generator_output(noise, style, prefixes[-1]), places, kind))
+        real.append(features(model.encoder, model.encoder.transformer.wte(ids), places, kind))
     fields = take_field(mine, real, places, prefixes, ranks)
     return [(noise, field, style) for (noise, _, style), field in zip(batches, fields)]
 
@@ -188,9 +212,9 @@ def couple(model, batches, ranks, rng):
 @torch.no_grad()
 def couple_tokens(model, batches, ranks, rng):
     """Token drift (arXiv 2605.19470): `couple` for corrupted ids, real ids and weights of the bound."""
-    places = some_places(batches[0][0].size(1), rng)
-    mine = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), places) for X, _, _ in batches]
-    real = [features(model.encoder, model.encoder.transformer.wte(Y), places) for _, Y, _ in batches]
+    places, kind = some_places(batches[0][0].size(1), rng), model.config.drift_features
+    mine = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), places, kind) for X, _, _ in batches]
+    real = [features(model.encoder, model.encoder.transformer.wte(Y), places, kind) for _, Y, _ in batches]
     fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks)
     return [(X, field, W) for (X, _, W), field in zip(batches, fields)]
 
@@ -200,7 +224,7 @@ def metrics(model, noise, ids, style):
     x, places = model.generator_output(noise, style), torch.arange(1, device=noise.device)
     sums = {'count': torch.tensor(float(len(noise)))}
     for kind, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
-        for name, values in features(model.encoder, embeddings, places).items():
+        for name, values in of_states(model.encoder, embeddings, places).items():
             if name.endswith(f'mean_{noise.size(1)}'):
                 sums[f'{kind}_{name}_all'] = values[0].float().cpu()
     cosine, nearest = model.nearest(x)

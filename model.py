@@ -24,19 +24,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
-from drifting import STYLES, Field, batch, features, residual
+from drifting import FEATURES, STYLES, Field, batch, features, residual
 from machine import exact, packed_linear
 from objectives import LOGITS_PER_CHUNK, OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
 
 MODEL_TYPES = tuple(OBJECTIVES)
+ENCODER_OPTIONS = ('encoder', 'drift_weight', 'drift_features')  # of diffusion, for one objective alone
 OPTIONS = {  # which options a model type has beyond those of all
     'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
-    'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight',
-                  'encoder'),
-    'drifting': ('encoder', 'drift_output', 'drift_prefix', 'drift_positives'),
+    'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', *ENCODER_OPTIONS),
+    'drifting': ('encoder', 'drift_features', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
@@ -82,6 +82,8 @@ class GPTConfig:
     drift_weight: float = option(1.0, 'diffusion, drift: weight of the field beside the bound')
     encoder: str = option('', "drifting, diffusion with drift: folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose "
                           'features text is compared')
+    drift_features: str = option('states', 'drifting, diffusion with drift: what is compared: hidden states of the encoder; '
+                                 'embeddings of neighbouring tokens; or both', tuple(FEATURES))
     drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
                                'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
@@ -149,8 +151,9 @@ class GPTConfig:
             raise UserError(f'block_size={self.block_size} must be at least 3: drifting is measured by 3-grams')
         if self.drift_prefix >= self.block_size:
             raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
-        if self.model_type == 'diffusion' and not self.has_encoder and (self.encoder or self.drift_weight != 1):
-            raise UserError(f'encoder and drift_weight are for --diffusion_objective=drift, not {self.diffusion_objective}')
+        named = [name for name in ENCODER_OPTIONS if getattr(self, name) != getattr(type(self), name)]
+        if self.model_type == 'diffusion' and not self.has_encoder and named:
+            raise UserError(f'{" and ".join(named)}: for --diffusion_objective=drift, not {self.diffusion_objective}')
 
     def heat_time(self):
         """The diffusion time t, unless it is adaptive."""
@@ -799,10 +802,10 @@ class GPT(nn.Module):
     def _drifting_loss(self, idx, field, weights):
         if self.config.model_type == 'drifting':
             embeddings = self.generator_output(idx, weights, field.ids)
-            return residual(features(self.encoder, embeddings, field.places), field)
+            return residual(features(self.encoder, embeddings, field.places, self.config.drift_features), field)
         x = self.trunk(idx)
         bound = self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, field.ids, weights)
-        found = features(self.encoder, self.soft_tokens(idx, x), field.places)
+        found = features(self.encoder, self.soft_tokens(idx, x), field.places, self.config.drift_features)
         return bound + self.config.drift_weight * residual(found, field) / len(field.scales)
 
     def soft_tokens(self, idx, x):

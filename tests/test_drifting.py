@@ -190,9 +190,25 @@ def test_ids_and_their_embeddings_have_the_same_features(encoder):
     ids = torch.randint(200, (3, 16))
     states = model.states(model.transformer.wte(ids), [1, 2])
     assert torch.allclose(states[-1], model.trunk(ids), atol=1e-6)
-    found = features(model, model.transformer.wte(ids), torch.arange(4))
+    found = features(model, model.transformer.wte(ids), torch.arange(4), 'states')
     assert {name.split('_')[0] for name in found} == {'1', '2'}
     assert all(values.size(1) == 3 for values in found.values())
+
+
+def test_neighbours_embeddings_stand_side_by_side(encoder):
+    model = checkpoint.load_encoder(encoder)
+    ids, places = torch.randint(200, (3, 16)), torch.tensor([0, 5, 11, 13, 15])
+    found = features(model, model.transformer.wte(ids), places, 'tokens')
+    table = model.transformer.wte.weight - model.transformer.wte.weight.mean(0)
+    assert {name: len(values) for name, values in found.items()} == {'tokens_1': 5, 'tokens_2': 4, 'tokens_4': 3}
+    for k in (1, 2, 4):
+        for s, place in enumerate(p for p in places.tolist() if p + k <= 16):
+            for b in range(3):
+                stack = torch.stack([table[ids[b, place + i]] for i in range(k)], dim=1)
+                assert torch.equal(found[f'tokens_{k}'][s, b], stack.flatten())
+    assert set(features(model, model.transformer.wte(ids[:, :3]), torch.arange(3), 'tokens')) == {'tokens_1', 'tokens_2'}
+    both = features(model, model.transformer.wte(ids), places, 'both')
+    assert set(both) == set(found) | set(features(model, model.transformer.wte(ids), places, 'states'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,9 +418,10 @@ def test_the_encoder_must_be_a_gpt2_of_the_same_tokenizer(tiny, encoder, tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def test_micro_batches_are_coupled_into_one_field(encoder):
+@pytest.mark.parametrize('kind', ['states', 'tokens'])
+def test_micro_batches_are_coupled_into_one_field(encoder, kind):
     """Two micro-batches have the targets and the gradient of one batch of both."""
-    model = make(encoder)
+    model = make(encoder, drift_features=kind)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)  # gates are open, so that all of it has a gradient
@@ -524,7 +541,7 @@ def test_token_drift_adds_the_field_to_the_bound(encoder):
     other.load_state_dict(model.state_dict())
     X, Y, W = corrupted()
     (X, field, W), = drifting.couple_tokens(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
-    found = features(model.encoder, model.soft_tokens(X, model.trunk(X)), field.places)
+    found = features(model.encoder, model.soft_tokens(X, model.trunk(X)), field.places, 'states')
     loss = model(X, field, W)[1]
     bound = other(X, Y, W)[1]
     assert loss.item() == pytest.approx(bound.item() + 0.5 * residual(found, field).item() / len(found), rel=1e-5)
