@@ -180,7 +180,7 @@ def needs_encoder(name):
 
 
 def plan_one(config, name, variant, seed, folder):
-    """A Planned run; what the recipe says of a type's own options gives way to what the variant says."""
+    """A Planned run; what a recipe for all types says of a type's own options gives way to what the variant says."""
     changes = VARIANTS[variant]
     kind = changes.get('model_type', 'gpt2')
     own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these have rates of their own
@@ -189,7 +189,7 @@ def plan_one(config, name, variant, seed, folder):
     if values.get('init_from', 'scratch') != 'scratch' or values.get('eval_only'):
         raise UserError(f'recipe={recipe}: a comparison trains from scratch; take one without init_from and eval_only')
     options = {'model_type', *(option for its in OPTIONS.values() for option in its)}
-    plain = {key: getattr(GPTConfig, key) for key in values if key in options}
+    plain = {} if own else {key: getattr(GPTConfig, key) for key in values if key in options}
     if needs_encoder(variant):
         plain |= {'encoder': os.path.join(config.runs, ENCODER)}
         plain |= {key: 0 for key in ('dropout', 'n_inner') if values.get(key)}  # which have no meaning there

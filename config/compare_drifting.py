@@ -7,7 +7,14 @@ from config.compare_gpt2 import *  # noqa: F403
 out_dir = 'out-compare-drifting'
 model_type = 'drifting'
 encoder = 'out-encoder'
+drift_features = 'tokens'
+drift_output = 'straight'
+batch_size = 64  # the field is taken between them
 learning_rate = 1e-3
 weight_decay = 0.05
 ema = 0.99
+max_iters = 250  # as many tokens
+warmup_iters = 25
+eval_interval = 125
 eval_iters = 20
+log_interval = 25

@@ -245,6 +245,18 @@ def test_every_recipe_can_be_shared(place, words, recipe):
         assert train.Schedule(settings, 1000).end == max_iters
 
 
+def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = words('none', '--dataset=text_byte', '--samples=0', '--tokens=1e8', '--variants=gpt2,drifting,drifting soft',
+                 '--seeds=1')
+    found = {}
+    for given in (args[1:], args):  # without and with a recipe for all
+        config, _ = compare.configure(given, compare.CompareConfig)
+        runs = {planned.variant: planned.model_config for planned in compare.plan(config)}
+        found[len(found)] = [(runs[name].drift_features, runs[name].drift_output) for name in ('drifting', 'drifting soft')]
+    assert found == {0: [('tokens', 'straight'), ('tokens', 'soft')], 1: [('states', 'embedding'), ('states', 'soft')]}
+
+
 @pytest.mark.parametrize('args, message', [
     (['--variants=gpt3'], 'heat adaptive'), (['--seeds=a'], 'seeds'), (['--tokens=0'], 'tokens'),
     (['--dataset=nowhere'], 'nowhere'), (['--tokens=nan'], 'finite'), (['--tokens=inf'], 'finite'),
