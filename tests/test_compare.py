@@ -254,7 +254,7 @@ def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, m
         config, _ = compare.configure(given, compare.CompareConfig)
         runs = {planned.variant: planned.model_config for planned in compare.plan(config)}
         found[len(found)] = [(runs[name].drift_features, runs[name].drift_output) for name in ('drifting', 'drifting soft')]
-    assert found == {0: [('tokens', 'straight'), ('tokens', 'soft')], 1: [('states', 'embedding'), ('states', 'soft')]}
+    assert found == {0: [('tokens', 'soft')] * 2, 1: [('states', 'embedding'), ('states', 'soft')]}
 
 
 @pytest.mark.parametrize('args, message', [
