@@ -255,10 +255,10 @@ def start_from(model, weights, rows=None):
         new[rows:known] = new[:rows].mean(0)  # a beginner that stands out from no token
         weights[table] = weights['lm_head.weight'] = new
         fresh = [f'{table}[{row}] (an id without text)' for row in range(rows, known)]
+    if positions in weights and positions not in own and model.config.model_type == 'diffusion':
+        raise UserError(f'the weights hold a table of positions ({positions}), which --positions=rotary has no use for: '
+                        'add --positions=both, or learned')
     if positions in weights:
-        if positions not in own:
-            raise UserError(f'the weights hold a table of positions ({positions}), which --positions=rotary has no use for: '
-                            'add --positions=both, or learned')
         weights[positions] = weights[positions][:model.config.block_size]
     for name, tensor in weights.items():
         if name not in own:

@@ -403,6 +403,8 @@ def test_what_does_not_fit_is_named(encoder, options, words):
 
 
 def test_the_encoder_must_be_a_gpt2_of_the_same_tokenizer(tiny, encoder, tmp_path, data_dir):
+    with pytest.raises(UserError, match='the weights hold .*, which this model does not have'):
+        Trainer(*tiny(model_type='drifting', init_from=encoder), Ranks())
     config, model_config = tiny(out_dir='heat', model_type='heat')
     train.train(config, model_config)
     with pytest.raises(UserError, match='must be gpt2'):
