@@ -180,14 +180,14 @@ def some_places(T, rng):
     return torch.randperm(T, generator=rng)[:PLACES].sort().values
 
 
-def take_field(mine, real, places, ids, ranks):
+def take_field(mine, real, places, ids, ranks, temperatures):
     """A Field for each micro-batch of this rank: from the features of its samples, of real text, and its ids (lists over
     micro-batches), over all of them and all ranks together."""
     fields = [Field({}, {}, places, part) for part in ids]
     for name in mine[0]:
         x = ranks.concatenate(torch.cat([found[name] for found in mine], dim=1), dim=1)
         positive = ranks.concatenate(torch.cat([found[name] for found in real], dim=1), dim=1)
-        targets, scale, _ = drift(x, positive)
+        targets, scale, _ = drift(x, positive, temperatures)
         parts = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(fields), dim=1)
         for field, part in zip(fields, parts):
             field.targets[name], field.scales[name] = part, scale
@@ -205,7 +205,7 @@ def couple(model, batches, ranks, rng):
         prefixes.append(ids[:len(noise), :length])
         mine.append(features(model.encoder, model.generator_output(noise, style, prefixes[-1]), places, kind))
         real.append(features(model.encoder, model.encoder.transformer.wte(ids), places, kind))
-    fields = take_field(mine, real, places, prefixes, ranks)
+    fields = take_field(mine, real, places, prefixes, ranks, model.config.field_temperatures())
     return [(noise, field, style) for (noise, _, style), field in zip(batches, fields)]
 
 
@@ -215,7 +215,7 @@ def couple_tokens(model, batches, ranks, rng):
     places, kind = some_places(batches[0][0].size(1), rng), model.config.drift_features
     mine = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), places, kind) for X, _, _ in batches]
     real = [features(model.encoder, model.encoder.transformer.wte(Y), places, kind) for _, Y, _ in batches]
-    fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks)
+    fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks, model.config.field_temperatures())
     return [(X, field, W) for (X, _, W), field in zip(batches, fields)]
 
 

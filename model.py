@@ -24,19 +24,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
-from drifting import FEATURES, STYLES, Field, batch, features, residual
+from drifting import FEATURES, STYLES, TEMPERATURES, Field, batch, features, residual
 from machine import exact, packed_linear
 from objectives import LOGITS_PER_CHUNK, OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
 
 MODEL_TYPES = tuple(OBJECTIVES)
-ENCODER_OPTIONS = ('encoder', 'drift_weight', 'drift_features')  # of diffusion, for one objective alone
+ENCODER_OPTIONS = ('encoder', 'drift_weight', 'drift_features', 'drift_temperatures')  # of one objective
 OPTIONS = {  # which options a model type has beyond those of all
     'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
     'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', *ENCODER_OPTIONS),
-    'drifting': ('encoder', 'drift_features', 'drift_output', 'drift_prefix', 'drift_positives'),
+    'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
@@ -84,6 +84,8 @@ class GPTConfig:
                           'features text is compared')
     drift_features: str = option('states', 'drifting, diffusion with drift: what is compared: hidden states of the encoder; '
                                  'embeddings of neighbouring tokens; or both', tuple(FEATURES))
+    drift_temperatures: str = option(','.join(map(str, TEMPERATURES)), 'drifting, diffusion with drift: temperatures of the '
+                                     'field, in mean distances')
     drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
                                'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
@@ -149,11 +151,21 @@ class GPTConfig:
             raise UserError(f'n_inner={self.n_inner} has no meaning for drifting: leave it at 0')
         if self.model_type == 'drifting' and self.block_size < 3:
             raise UserError(f'block_size={self.block_size} must be at least 3: drifting is measured by 3-grams')
+        self.field_temperatures()
         if self.drift_prefix >= self.block_size:
             raise UserError(f'drift_prefix={self.drift_prefix} must be below block_size={self.block_size}')
         named = [name for name in ENCODER_OPTIONS if getattr(self, name) != getattr(type(self), name)]
         if self.model_type == 'diffusion' and not self.has_encoder and named:
             raise UserError(f'{" and ".join(named)}: for --diffusion_objective=drift, not {self.diffusion_objective}')
+
+    def field_temperatures(self):
+        try:
+            found = tuple(map(float, self.drift_temperatures.split(',')))
+        except ValueError:
+            found = ()
+        if not found or not 0 < min(found) <= max(found) < math.inf:
+            raise UserError(f'drift_temperatures={self.drift_temperatures} must be numbers above 0, separated by commas')
+        return found
 
     def heat_time(self):
         """The diffusion time t, unless it is adaptive."""

@@ -11,7 +11,7 @@ from test_model import SIZES, make, tokens
 
 import train
 from configurator import UserError
-from model import GPT, MODEL_TYPES, OPTIONS, GPTConfig, KVCache, score_pieces
+from model import ENCODER_OPTIONS, GPT, MODEL_TYPES, OPTIONS, GPTConfig, KVCache, score_pieces
 
 VARIANTS = {  # every causal one, each option off its default at least once
     'gpt2': {},
@@ -810,11 +810,11 @@ def test_an_option_that_another_leaves_without_effect_is_refused(idle):
 def test_an_option_of_another_type_is_refused_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
              'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft',
-             'drift_features': 'tokens'}
+             'drift_features': 'tokens', 'drift_temperatures': '0.3'}
     needed = {'drifting': {'encoder': 'somewhere'}}
     drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
     adaptive = {'heat_t': 'adaptive'}
-    together = {'diffusion': {'encoder': drift, 'drift_weight': drift, 'drift_features': drift},
+    together = {'diffusion': dict.fromkeys(ENCODER_OPTIONS, drift),
                 'heat': {'heat_t_min': adaptive, 'heat_t_max': adaptive, 'published': adaptive}}
     defaults = {f.name: f.default for f in GPTConfig.__dataclass_fields__.values()}
     for name in {name for names in OPTIONS.values() for name in names}:

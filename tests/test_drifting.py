@@ -395,6 +395,7 @@ def test_a_prefix_stays_and_sees_nothing_that_follows(encoder):
 @pytest.mark.parametrize('options, words', [
     (dict(encoder=''), '--encoder'), (dict(n_embd=32), 'n_embd=16, not 32'), (dict(vocab_size=300), 'vocab_size'),
     (dict(block_size=64), 'block_size'), (dict(block_size=2), 'at least 3'),
+    (dict(drift_temperatures='0.1,a'), 'drift_temperatures'), (dict(drift_temperatures='0.1,0'), 'above 0'),
     (dict(drift_prefix=16), 'drift_prefix'), (dict(encoder='nowhere'), 'nowhere'),
 ])
 def test_what_does_not_fit_is_named(encoder, options, words):
@@ -419,6 +420,19 @@ def test_the_encoder_must_be_a_gpt2_of_the_same_tokenizer(tiny, encoder, tmp_pat
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
+
+def test_the_field_has_the_temperatures_asked_for(encoder):
+    noise, style = noise_and_style(6)
+    ids, found = torch.randint(200, (6, 16)), []
+    for temperatures in ('0.1,0.3', '0.02,0.05,0.2'):
+        model = make(encoder, drift_temperatures=temperatures)
+        (_, field, _), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+        x = features(model.encoder, model.generator_output(noise, style), field.places, 'states')['1_place']
+        real = features(model.encoder, model.encoder.transformer.wte(ids), field.places, 'states')['1_place']
+        found.append(field.targets['1_place'])
+        assert torch.allclose(found[-1], drift(x, real, tuple(map(float, temperatures.split(','))))[0], atol=1e-5)
+    assert not torch.allclose(*found, atol=1e-2)
+
 
 @pytest.mark.parametrize('kind', ['states', 'tokens'])
 def test_micro_batches_are_coupled_into_one_field(encoder, kind):
