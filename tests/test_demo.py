@@ -1,11 +1,26 @@
 """demo.py: the commands it runs are those of a user, and they end in text."""
+import glob
+
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
+
+import demo as script
+import prepare
+from configurator import read_config_file
 
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp('demo-data')
+    """Where a demo finds the data set that it would prepare, but of this repository's source: that is sooner evaluated."""
+    folder = tmp_path_factory.mktemp('demo-data')
+    texts = []
+    for name in sorted(glob.glob(f'{ROOT}/*.py')):
+        with open(name, encoding='utf-8') as f:
+            texts.append(f.read())
+    (folder / 'source.txt').write_text('<|endoftext|>'.join(texts), encoding='utf-8')
+    prepare.main([f'--input={folder}/source.txt', '--name=python', f'--tokenizer={script.TOKENIZER}', '--val_fraction=0.1',
+                  '--num_proc=1', f'--data_dir={folder}'])
+    return folder
 
 
 def demo(model_type, folder, data_dir):
@@ -17,12 +32,26 @@ def demo(model_type, folder, data_dir):
 
 def test_the_demo_of_masked_refinement(tmp_path, data_dir):
     said, commands = demo('diffusion', tmp_path, data_dir)
-    assert [c for c in commands if c != 'prepare.py'] == ['train.py', 'train.py', 'generate_diffusion.py']
+    assert commands == ['train.py', 'train.py', 'generate_diffusion.py']
     assert 'the model needs at most' in said and 'step   0,   0 passes' in said and '\ndef ' in said
 
 
 def test_the_demo_of_one_step_generation(tmp_path, data_dir):
     said, commands = demo('drifting', tmp_path, data_dir)
-    assert [c for c in commands if c != 'prepare.py'] == ['train.py', 'train.py', 'sample.py']
+    assert commands == ['train.py', 'train.py', 'sample.py']
     assert said.count('\n---------------\n') == 16
     assert (tmp_path / 'out-encoder').is_dir()
+
+
+def test_it_prepares_the_data_set_that_its_recipes_read(tmp_path, monkeypatch):
+    def call(*words):
+        asked.append(words)
+        raise SystemExit
+    asked = []
+    monkeypatch.setattr(script, 'call', call)
+    with pytest.raises(SystemExit):
+        script.main([f'--data_dir={tmp_path}'])
+    (name, source, tokenizer, *_), = asked
+    assert (name, source) == ('prepare.py', 'python')
+    for recipe in glob.glob(f'{ROOT}/config/train*_python.py'):
+        assert read_config_file(recipe)['dataset'] == f'{source}_{tokenizer.partition("=")[2].replace(":", "")}'
