@@ -120,10 +120,9 @@ def of_states(encoder, embeddings, places):
 def of_tokens(encoder, embeddings, places):
     """{name: feature set (S, B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side: what a field makes of
     n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next token."""
-    around = embeddings - encoder.transformer.wte.weight.mean(0)
     found = {}
     for k in (k for k in STACKS if k <= embeddings.size(1)):
-        stacks = around.unfold(1, k, 1).flatten(2)  # (B, T-k+1, k*C)
+        stacks = embeddings.unfold(1, k, 1).flatten(2)  # (B, T-k+1, k*C)
         found[f'tokens_{k}'] = stacks[:, places[places < stacks.size(1)]].transpose(0, 1)
     return found
 
