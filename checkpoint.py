@@ -226,8 +226,8 @@ def fingerprint(weights):
 def refuse_encoder(model, state):
     """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
     if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
-        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: name that one with '
-                        '--encoder, or put the former weights there')
+        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: put the former '
+                        'weights there, or name where they are, train.py --encoder=FOLDER')
 
 
 def fitted(config, model_args):

@@ -122,7 +122,7 @@ def of_tokens(encoder, embeddings, places):
     n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next token."""
     found = {}
     for k in (k for k in STACKS if k <= embeddings.size(1)):
-        stacks = embeddings.unfold(1, k, 1).flatten(2)  # (B, T-k+1, k*C)
+        stacks = embeddings.unfold(1, k, 1).mT.flatten(2)  # (B, T-k+1, k*C)
         found[f'tokens_{k}'] = stacks[:, places[places < stacks.size(1)]].transpose(0, 1)
     return found
 
@@ -245,9 +245,10 @@ def blocks(x, y):
 
 def summary(sums):
     """Divergence of n-grams from real text, of which that of 2-grams is the val_metric, beside it the floor, which is that
-    of one half of the real text from the other; distinct 2-grams, and whether samples collapsed; in the features, mean over
-    depths and blocks of samples: diversity in units of real text's, root mean square of the raw field without a floor, under
-    which it would grow with the number of samples."""
+    of one half of the real text from the other (a little high, for half as much text); distinct 2-grams, and whether
+    samples collapsed; in hidden states and at TEMPERATURES, whatever a model is trained in, mean over depths and blocks of
+    samples: diversity in units of real text's, root mean square of the raw field without a floor, under which it would grow
+    with the number of samples."""
     samples, real = sums['samples_all'].numpy(), sums['real_all'].numpy()
     found = {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}
     found['floor'] = ngrams.divergence(real[::2], real[1::2], 2) if len(real) > 1 else math.nan

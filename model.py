@@ -40,6 +40,7 @@ OPTIONS = {  # which options a model type has beyond those of all
 }
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
+LEAST_FIELD_TEMPERATURE = 1e-6  # likewise distances in its units
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
 SHARPNESS = 3.0  # of soft tokens
@@ -85,7 +86,7 @@ class GPTConfig:
     drift_features: str = option('states', 'drifting, diffusion with drift: what is compared: hidden states of the encoder; '
                                  'embeddings of neighbouring tokens; or both', tuple(FEATURES))
     drift_temperatures: str = option(','.join(map(str, TEMPERATURES)), 'drifting, diffusion with drift: temperatures of the '
-                                     'field, in mean distances')
+                                     'field, in mean distances', numeric=True)
     drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
                                'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
@@ -163,8 +164,9 @@ class GPTConfig:
             found = tuple(map(float, self.drift_temperatures.split(',')))
         except ValueError:
             found = ()
-        if not found or not 0 < min(found) <= max(found) < math.inf:
-            raise UserError(f'drift_temperatures={self.drift_temperatures} must be numbers above 0, separated by commas')
+        if not found or not all(LEAST_FIELD_TEMPERATURE <= temperature < math.inf for temperature in found):
+            raise UserError(f'drift_temperatures={self.drift_temperatures} must be numbers of at least '
+                            f'{LEAST_FIELD_TEMPERATURE}, separated by commas')
         return found
 
     def heat_time(self):

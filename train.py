@@ -486,8 +486,9 @@ def refuse_changes(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
     refuse_tokenizer('cannot resume', state, meta)
     may_change = ('dropout', 'encoder')  # the encoder may be elsewhere; that it is the same is checked
-    differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k, None)} now'
-                 for k, v in state['model_args'].items() if k not in may_change and getattr(model_config, k, None) != v]
+    differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k)} now'
+                 for k, v in asdict(checkpoint.model_config(state['model_args'])).items()
+                 if k not in may_change and getattr(model_config, k) != v]
     if differing:
         raise UserError(f"cannot resume: {'; '.join(differing)}; use --init_from=DIR to start a new run from its weights")
 

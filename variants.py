@@ -21,7 +21,7 @@ VARIANTS = {
     'diffusion': {'model_type': 'diffusion'},
     'diffusion nelbo': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo'},
     'drifting': {'model_type': 'drifting'},
-    'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
+    'drifting straight': {'model_type': 'drifting', 'drift_output': 'straight'},
 }
 _FIRST = {changes.get('model_type', 'gpt2'): name for name, changes in reversed(VARIANTS.items())}
 EACH_TYPE = tuple(reversed(_FIRST.values()))  # the first variant of each type

@@ -1,4 +1,4 @@
-# One-step generation beside gpt2, in the features of a gpt2 model of another seed: everything else as in compare_gpt2.py
+# One-step generation beside gpt2, in the features of a gpt2 model of another seed: sizes and tokens as in compare_gpt2.py
 #   python train.py config/compare_gpt2.py --seed=2 --out_dir=out-encoder
 #   python train.py config/compare_drifting.py --encoder=out-encoder
 # Its val_loss, a divergence of 2-grams, has not been measured yet.

@@ -247,14 +247,14 @@ def test_every_recipe_can_be_shared(place, words, recipe):
 
 def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = words('none', '--dataset=text_byte', '--samples=0', '--tokens=1e8', '--variants=gpt2,drifting,drifting soft',
+    args = words('none', '--dataset=text_byte', '--samples=0', '--tokens=1e8', '--variants=gpt2,drifting,drifting straight',
                  '--seeds=1')
     found = {}
     for given in (args[1:], args):  # without and with a recipe for all
         config, _ = compare.configure(given, compare.CompareConfig)
         runs = {planned.variant: planned.model_config for planned in compare.plan(config)}
-        found[len(found)] = [(runs[name].drift_features, runs[name].drift_output) for name in ('drifting', 'drifting soft')]
-    assert found == {0: [('tokens', 'soft')] * 2, 1: [('states', 'embedding'), ('states', 'soft')]}
+        found[len(found)] = [(runs[name].drift_features, runs[name].drift_output) for name in runs if name != 'gpt2']
+    assert found == {0: [('tokens', 'soft'), ('tokens', 'straight')], 1: [('states', 'embedding'), ('states', 'straight')]}
 
 
 @pytest.mark.parametrize('args, message', [

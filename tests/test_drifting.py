@@ -204,7 +204,7 @@ def test_neighbours_embeddings_stand_side_by_side(encoder):
     for k in (1, 2, 4):
         for s, place in enumerate(p for p in places.tolist() if p + k <= 16):
             for b in range(3):
-                stack = torch.stack([table[ids[b, place + i]] for i in range(k)], dim=1)
+                stack = torch.stack([table[ids[b, place + i]] for i in range(k)])
                 assert torch.equal(found[f'tokens_{k}'][s, b], stack.flatten())
     assert set(features(model, model.transformer.wte(ids[:, :3]), torch.arange(3), 'tokens')) == {'tokens_1', 'tokens_2'}
     both = features(model, model.transformer.wte(ids), places, 'both')
@@ -395,7 +395,8 @@ def test_a_prefix_stays_and_sees_nothing_that_follows(encoder):
 @pytest.mark.parametrize('options, words', [
     (dict(encoder=''), '--encoder'), (dict(n_embd=32), 'n_embd=16, not 32'), (dict(vocab_size=300), 'vocab_size'),
     (dict(block_size=64), 'block_size'), (dict(block_size=2), 'at least 3'),
-    (dict(drift_temperatures='0.1,a'), 'drift_temperatures'), (dict(drift_temperatures='0.1,0'), 'above 0'),
+    (dict(drift_temperatures='0.1,a'), 'drift_temperatures'), (dict(drift_temperatures='0.1,0'), 'at least'),
+    (dict(drift_temperatures='0.1,nan'), 'at least'), (dict(drift_temperatures='1e-50'), 'at least'),
     (dict(drift_prefix=16), 'drift_prefix'), (dict(encoder='nowhere'), 'nowhere'),
 ])
 def test_what_does_not_fit_is_named(encoder, options, words):
