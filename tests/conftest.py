@@ -112,7 +112,7 @@ def resume(out_dir, *args):
     return train.train(*train.read_settings(['--init_from=resume', f'--out_dir={out_dir}', *args]))
 
 
-def run_script(name, *args, check=True, env=None, timeout=120):
+def run_script(name, *args, check=True, env=None, timeout=300):
     """Runs `python NAME ARGS` in the repository -> CompletedProcess with text; check=True asks for exit code 0."""
     done = subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, env=os.environ | (env or {}),
                           stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', timeout=timeout)
