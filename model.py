@@ -38,11 +38,13 @@ OPTIONS = {  # which options a model type has beyond those of all
     'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', *ENCODER_OPTIONS),
     'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_output', 'drift_prefix', 'drift_positives'),
 }
-NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook')  # no matrices, though of two dimensions
+# of two dimensions or more, and yet no matrices
+NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
 LEAST_FIELD_TEMPERATURE = 1e-6  # likewise distances in its units
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
+LOOK_AROUND_NOISE = 8.0  # the same for drifting, whose q and k are normalised: about 8 lower
 SHARPNESS = 3.0  # of soft tokens
 COLDEST = 1e-30  # a temperature that can still be divided by
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
@@ -371,6 +373,16 @@ def _backward_of_turn(ctx, grad):
 turn.register_autograd(_backward_of_turn, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
+def looking_around(rates, strength):
+    """Biases of q and k (2, H, D), for rates (H, D/2), which rotary positions turn into a preference for a distance: the
+    heads look one place back, one ahead, two back, and so on."""
+    head = torch.arange(len(rates))[:, None]
+    angle = (1 + head // 2) * (head % 2 * 2 - 1) * rates
+    near = strength * (rates > 0.05)  # slower pairs tell no neighbours apart
+    q, k = (near, torch.zeros_like(near)), (near * angle.cos(), -near * angle.sin())
+    return torch.stack([torch.stack(pair, dim=-1).flatten(1) for pair in (q, k)])
+
+
 class RotaryEmbedding(nn.Module):
     """Turns the i-th pair of coordinates of head h by position * frequencies[h, i]. RoPE: Su et al., arXiv 2104.09864."""
 
@@ -439,18 +451,11 @@ class CausalSelfAttention(nn.Module):
 
     @torch.no_grad()
     def look_around(self):
-        """diffusion: the heads of the first half of the blocks start out looking one place back, one ahead, two back, and so
-        on, by biases of q and k, which rotary positions turn into a preference for a distance.
-
-        All that a [MASK] knows is its place. From heads that look everywhere alike, training takes thousands of steps to
-        find the neighbours, and until then it learns no more than how often each token occurs (LOG.md)."""
-        D = self.c_attn.in_features // self.n_head
-        bias = self.c_attn.bias.view(3, self.n_head, D // 2, 2)
-        for head, rates in enumerate(self.rope.frequencies):
-            distance = (1 + head // 2) * (1 if head % 2 else -1)
-            near = LOOK_AROUND * (rates > 0.05)  # slower pairs tell no neighbours apart
-            bias[0, head] = torch.stack((near, 0 * near), dim=-1)
-            bias[1, head] = torch.stack((near * (distance * rates).cos(), -near * (distance * rates).sin()), dim=-1)
+        """diffusion: the heads of the first half of the blocks start out looking at their neighbours. All that a [MASK]
+        knows is its place. From heads that look everywhere alike, training takes thousands of steps to find the neighbours,
+        and until then it learns no more than how often each token occurs (LOG.md)."""
+        bias = self.c_attn.bias.view(3, self.n_head, -1)
+        bias[:2] = looking_around(self.rope.frequencies, LOOK_AROUND)
 
     def forward(self, x, cache=None, ahead=None):
         """x (B, T, C) -> (B, T, C). `ahead` is for duo: see `_masks`."""
@@ -591,8 +596,11 @@ class Block(nn.Module):
 
 
 class GeneratorBlock(nn.Module):
-    """A DiT block without biases: attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and
-    gated by a condition, the gates closed at first (adaLN-Zero). Peebles and Xie, arXiv 2212.09748."""
+    """A DiT block: attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and gated by a
+    condition, the gates closed at first (adaLN-Zero). Peebles and Xie, arXiv 2212.09748.
+
+    No biases but those of q and k, which are not in the published generator: its heads look everywhere alike at first, noise
+    says nothing of where it stands, and so samples stay independent tokens for long (LOG.md)."""
 
     def __init__(self, config):
         super().__init__()
@@ -601,6 +609,7 @@ class GeneratorBlock(nn.Module):
         self.n_head = config.n_head
         self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.q_norm, self.k_norm, self.rope = nn.RMSNorm(D), nn.RMSNorm(D), RotaryEmbedding(config)
+        self.look = nn.Parameter(looking_around(self.rope.frequencies, LOOK_AROUND_NOISE))
         self.c_fc, self.c_out = nn.Linear(C, 2 * inner, bias=False), nn.Linear(inner, C, bias=False)
         self.modulation = nn.Linear(C, 6 * C, bias=False)
 
@@ -610,7 +619,8 @@ class GeneratorBlock(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
         q, k, v = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        q, k = self.rope(self.q_norm(q.float()), self.k_norm(k.float()), 0)
+        q, k = self.q_norm(q.float()) + self.look[0, :, None], self.k_norm(k.float()) + self.look[1, :, None]
+        q, k = self.rope(q, k, 0)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         x = x + gate_1 * self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         h = F.rms_norm(x, (C,)) * (1 + scale_2) + shift_2

@@ -226,6 +226,15 @@ def noise_and_style(count=4, length=16):
     return noise, style
 
 
+@torch.no_grad()
+def open_up(model):
+    """Gates open, and heads that look everywhere: else what comes from afar is small."""
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.1)
+    for block in model.generator.h:
+        block.look.zero_()
+
+
 @pytest.mark.parametrize('C', [16, 768])
 def test_it_starts_around_the_mean_embedding_spread_as_the_vocabulary_is(C):
     torch.manual_seed(0)
@@ -285,9 +294,7 @@ def test_blocks_are_closed_at_first_and_open_later(encoder):
     noise, style = noise_and_style()
     before = model.generator_output(noise, style)
     assert torch.equal(model.generator_output(noise, (style + 1) % 64), before)  # nothing of the condition arrives
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    open_up(model)
     opened = model.generator_output(noise, style)
     assert not torch.allclose(model.generator_output(noise, (style + 1) % 64), opened, atol=1e-4)
     changed = noise.clone()
@@ -297,12 +304,30 @@ def test_blocks_are_closed_at_first_and_open_later(encoder):
     assert (moved[0] > 1e-5).all() and moved[1:].max() == 0  # every position sees every other, no sample another
 
 
+def test_heads_start_out_looking_at_their_neighbours(encoder):
+    config = GPTConfig(model_type='drifting', encoder='x', block_size=32, n_layer=1, n_head=4, n_embd=128)
+    torch.manual_seed(0)
+    block, x = Generator(config).h[0], torch.randn(1, 32, 128)
+    weights = {}
+    for head in range(4):  # one-hot values of one head, and outputs that are its attention
+        with torch.no_grad():
+            C, D = 128, 32
+            block.c_attn.weight[2 * C:] = 0
+            block.c_attn.weight[2 * C + head * D] = torch.randn(C)
+            block.c_proj.weight.copy_(torch.eye(C))
+            block.modulation.weight.zero_()
+            block.modulation.weight[2 * C:3 * C] = 1 / C  # gates of attention open
+        value = F.linear(F.rms_norm(x, (C,)), block.c_attn.weight[2 * C + head * D])
+        y = (block(x, torch.ones(1, C)) - x)[0, :, head * D]
+        weights[head] = [torch.corrcoef(torch.stack((y[4:28], value[0, 4 + d:28 + d])))[0, 1] for d in range(-3, 4)]
+    assert [max(range(7), key=lambda d: found[d]) - 3 for found in weights.values()] == [-1, 1, -2, 2]
+    assert all(max(found) > 0.6 for found in weights.values())
+
+
 def test_attention_knows_how_far_apart_positions_are(encoder):
     """Without positions a permutation of the noise would permute the outputs, and do nothing else."""
     model = make(encoder)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    open_up(model)
     noise, style = noise_and_style()
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     straight, mixed = model.generator_output(noise, style), model.generator_output(noise[:, order], style)
@@ -371,9 +396,7 @@ def test_straight_through_writes_tokens_and_has_the_gradient_of_the_mean(encoder
 
 def test_a_prefix_stays_and_sees_nothing_that_follows(encoder):
     model = make(encoder, drift_prefix=5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    open_up(model)
     noise, style = noise_and_style()
     prefix = torch.randint(200, (4, 3))
     x = model.generator_output(noise, style, prefix)
