@@ -19,6 +19,7 @@ ITSELF = 100.0  # added to the distance of a sample from itself
 PLACES = 32  # positions whose states are features of their own
 WINDOWS = (4, 16)
 STACKS = (1, 2, 4)  # neighbouring tokens whose embeddings together are a feature
+TOGETHER = 4  # places of these that make one feature set: a field of so many more points is less noisy
 QUEUE = 1000  # examples before an iteration's own that further positives are taken from
 STYLES, STYLE_INDICES = 64, 32
 MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
@@ -118,13 +119,23 @@ def of_states(encoder, embeddings, places):
 
 
 def of_tokens(encoder, embeddings, places):
-    """{name: feature set (S, B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side: what a field makes of
-    n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next token."""
+    """{name: feature set (S, TOGETHER*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side: what a field
+    makes of n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next
+    token."""
     found = {}
     for k in (k for k in STACKS if k <= embeddings.size(1)):
         stacks = embeddings.unfold(1, k, 1).mT.flatten(2)  # (B, T-k+1, k*C)
-        found[f'tokens_{k}'] = stacks[:, places[places < stacks.size(1)]].transpose(0, 1)
+        found[f'tokens_{k}'] = together(stacks[:, places[places < stacks.size(1)]])
     return found
+
+
+def together(x):
+    """Features (B, P, D) of P places -> sets (S, n*B, D) of n = TOGETHER places each; the last may share some with the one
+    before."""
+    n = min(TOGETHER, x.size(1))
+    starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
+    sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
+    return sets.transpose(0, 1).flatten(1, 2)
 
 
 def of_both(encoder, embeddings, places):
@@ -179,14 +190,14 @@ def some_places(T, rng):
     return torch.randperm(T, generator=rng)[:PLACES].sort().values
 
 
-def take_field(mine, real, places, ids, ranks, temperatures):
+def take_field(mine, real, places, ids, ranks, config):
     """A Field for each micro-batch of this rank: from the features of its samples, of real text, and its ids (lists over
     micro-batches), over all of them and all ranks together."""
     fields = [Field({}, {}, places, part) for part in ids]
     for name in mine[0]:
         x = ranks.concatenate(torch.cat([found[name] for found in mine], dim=1), dim=1)
         positive = ranks.concatenate(torch.cat([found[name] for found in real], dim=1), dim=1)
-        targets, scale, _ = drift(x, positive, temperatures)
+        targets, scale, _ = drift(x, positive, config.field_temperatures(), config.drift_floor)
         parts = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(fields), dim=1)
         for field, part in zip(fields, parts):
             field.targets[name], field.scales[name] = part, scale
@@ -204,7 +215,7 @@ def couple(model, batches, ranks, rng):
         prefixes.append(ids[:len(noise), :length])
         mine.append(features(model.encoder, model.generator_output(noise, style, prefixes[-1]), places, kind))
         real.append(features(model.encoder, model.encoder.transformer.wte(ids), places, kind))
-    fields = take_field(mine, real, places, prefixes, ranks, model.config.field_temperatures())
+    fields = take_field(mine, real, places, prefixes, ranks, model.config)
     return [(noise, field, style) for (noise, _, style), field in zip(batches, fields)]
 
 
@@ -214,7 +225,7 @@ def couple_tokens(model, batches, ranks, rng):
     places, kind = some_places(batches[0][0].size(1), rng), model.config.drift_features
     mine = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), places, kind) for X, _, _ in batches]
     real = [features(model.encoder, model.encoder.transformer.wte(Y), places, kind) for _, Y, _ in batches]
-    fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks, model.config.field_temperatures())
+    fields = take_field(mine, real, places, [Y for _, Y, _ in batches], ranks, model.config)
     return [(X, field, W) for (X, _, W), field in zip(batches, fields)]
 
 

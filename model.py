@@ -24,19 +24,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, one_of, option
-from drifting import FEATURES, STYLES, TEMPERATURES, Field, batch, features, residual
+from drifting import AFFINITY_FLOOR, FEATURES, STYLES, TEMPERATURES, Field, batch, features, residual
 from machine import exact, packed_linear
 from objectives import LOGITS_PER_CHUNK, OBJECTIVES, get_objective
 from refinement import RefineConfig, refine, refuse_undefined
 
 MODEL_TYPES = tuple(OBJECTIVES)
-ENCODER_OPTIONS = ('encoder', 'drift_weight', 'drift_features', 'drift_temperatures')  # of one objective
+ENCODER_OPTIONS = ('encoder', 'drift_weight', 'drift_features', 'drift_temperatures', 'drift_floor')  # of one objective
 OPTIONS = {  # which options a model type has beyond those of all
     'gpt2': (), 'dd': ('apply_drift', 'apply_diffusion', 'baseline_each_head', 'diffusion_std', 'published'),
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
     'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', *ENCODER_OPTIONS),
-    'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_output', 'drift_prefix', 'drift_positives'),
+    'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_floor', 'drift_output', 'drift_prefix',
+                 'drift_positives'),
 }
 # of two dimensions or more, and yet no matrices
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
@@ -89,6 +90,8 @@ class GPTConfig:
                                  'embeddings of neighbouring tokens; or both', tuple(FEATURES))
     drift_temperatures: str = option(','.join(map(str, TEMPERATURES)), 'drifting, diffusion with drift: temperatures of the '
                                      'field, in mean distances', numeric=True)
+    drift_floor: float = option(AFFINITY_FLOOR, 'drifting, diffusion with drift: least affinity of two samples; 0 for many '
+                                'samples, each of whose affinities is smaller')
     drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
                                'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
@@ -113,7 +116,8 @@ class GPTConfig:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1')
-        for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight'):
+        for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight',
+                     'drift_floor'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not LEAST_HEAT_TIME <= self.heat_time() < math.inf:
