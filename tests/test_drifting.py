@@ -461,9 +461,7 @@ def test_the_field_has_the_temperatures_and_the_floor_asked_for(encoder):
 def test_micro_batches_are_coupled_into_one_field(encoder, kind):
     """Two micro-batches have the targets and the gradient of one batch of both."""
     model = make(encoder, drift_features=kind)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)  # gates are open, so that all of it has a gradient
+    open_up(model)  # so that all of it has a gradient
     noise, style = noise_and_style(6)
     ids = torch.randint(200, (6, 16))
     (_, whole, _), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
