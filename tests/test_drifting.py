@@ -112,6 +112,20 @@ def test_between_samples_of_one_distribution_it_falls_with_their_root():
         return float(torch.stack([V.square().mean() for V in found]).mean().sqrt())
     small, large = rms(32), rms(512)
     assert 2.5 < small / large < 6.5  # 4 is expected
+    fields = [raw_field(points(512, 2, seed=s), points(512, 2, seed=50 + s), points(512, 2, seed=s), 0.2, 0.0, ITSELF)
+              for s in range(12)]
+    assert torch.stack([V.mean(0).norm() for V in fields]).mean() < 0.3 * large  # and pushes nowhere as a whole
+
+
+def test_points_that_it_moves_come_to_stand_as_the_data_do_and_by_attraction_alone_collapse():
+    data = points(300, 2)
+    both = alone = 0.3 * points(300, 2, seed=1) + 3
+    for _ in range(300):
+        V = raw_field(both, data, both, 0.5, 0.0, ITSELF)
+        both = both + 0.1 * V / V.square().mean().sqrt().clamp(min=0.05)
+        alone = alone + 0.1 * ((-distances(alone, data) / 0.5).softmax(-1) @ data - alone)
+    assert both.mean(0).norm() < 0.2 and both.std(0).numpy() == pytest.approx(data.std(0).numpy(), rel=0.2)
+    assert (alone.std(0) < 0.7 * data.std(0)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
