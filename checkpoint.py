@@ -189,13 +189,18 @@ def load_model(checkpoint, device='cpu'):
     if checkpoint.get('foreign'):
         start_from(model, checkpoint['model'])
     else:
-        try:
-            model.load_state_dict(checkpoint.get('ema') or checkpoint['model'])
-        except RuntimeError as e:
-            first = str(e).splitlines()[1].strip()
-            raise UserError(f'the weights are not those of the model that is described beside them: {first[:200]}') from None
+        load_weights(model, checkpoint.get('ema') or checkpoint['model'])
     refuse_encoder(model, checkpoint)
     return model.to(device).eval()
+
+
+def load_weights(model, weights):
+    """All of them and no others. Raises UserError, also where an older version of this model_type had fewer."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip()
+        raise UserError(f'the weights are not those of the model that is described beside them: {first[:200]}') from None
 
 
 def load_encoder(name):

@@ -287,7 +287,7 @@ class Trainer:
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         checkpoint.refuse_encoder(self.model, state)
-        self.model.load_state_dict(state['model'])
+        checkpoint.load_weights(self.model, state['model'])
         if self.average:
             self.average.load(state.get('ema') or state['model'])
         settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]

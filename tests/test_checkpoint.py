@@ -55,6 +55,17 @@ def test_a_checkpoint_gives_the_model_back(trained):
     assert all(torch.equal(v, state['model'][k]) for k, v in model.state_dict().items())
 
 
+def test_weights_of_an_older_model_are_one_clear_line(trained):
+    state = torch.load(f'{trained}/ckpt.pt', weights_only=True)
+    del state['model']['transformer.h.0.ln_1.bias']
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        torch.save(state, f'{trained}/{name}')
+    for load in (lambda: checkpoint.load_model(checkpoint.load(checkpoint.find(trained))), lambda: resume(trained)):
+        with pytest.raises(UserError, match='Missing .*ln_1.bias') as e:
+            load()
+        one_line(e)
+
+
 def test_find(trained, tmp_path):
     assert checkpoint.find(trained) == f'{trained}/ckpt_best.pt' != checkpoint.find(trained, 'last')
     os.remove(f'{trained}/ckpt_best.pt')
