@@ -200,7 +200,8 @@ def load_weights(model, weights):
         model.load_state_dict(weights)
     except RuntimeError as e:
         first = str(e).splitlines()[1].strip()
-        raise UserError(f'the weights are not those of the model that is described beside them: {first[:200]}') from None
+        raise UserError(f'the weights are not those of the model that is described beside them; another '
+                        f'version may have written them (its commit is in config.json): {first[:150]}') from None
 
 
 def load_encoder(name):

@@ -16,10 +16,10 @@ TEMPERATURES = (0.02, 0.05, 0.2)
 AFFINITY_FLOOR = 1e-3
 LEAST_SCALE = 1e-3
 ITSELF = 100.0  # added to the distance of a sample from itself
-PLACES = 32  # positions whose states are features of their own
+PLACES = 32  # positions whose states, or stacks of tokens, are features of their own
 WINDOWS = (4, 16)
 STACKS = (1, 2, 4)  # neighbouring tokens whose embeddings together are a feature
-TOGETHER = 4  # places of these that make one feature set: a field of so many more points is less noisy
+TOGETHER = 4  # places whose stacks are one feature set: a field of so many more points is less noisy
 QUEUE = 1000  # examples before an iteration's own that further positives are taken from
 STYLES, STYLE_INDICES = 64, 32
 MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
@@ -119,9 +119,9 @@ def of_states(encoder, embeddings, places):
 
 
 def of_tokens(encoder, embeddings, places):
-    """{name: feature set (S, TOGETHER*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side: what a field
-    makes of n-grams. Unlike hidden states they are linear in an embedding, so that its gradient holds as far as the next
-    token."""
+    """{name: feature set (S, n*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side, n = TOGETHER places
+    in a set: what a field makes of n-grams. Unlike hidden states they are linear in an embedding, so that its gradient
+    holds as far as the next token."""
     found = {}
     for k in (k for k in STACKS if k <= embeddings.size(1)):
         stacks = embeddings.unfold(1, k, 1).mT.flatten(2)  # (B, T-k+1, k*C)
@@ -130,8 +130,8 @@ def of_tokens(encoder, embeddings, places):
 
 
 def together(x):
-    """Features (B, P, D) of P places -> sets (S, n*B, D) of n = TOGETHER places each; the last may share some with the one
-    before."""
+    """Features (B, P, D) of P places -> sets (S, n*B, D) of n = TOGETHER places each, or of all where there are fewer. Where
+    n does not divide P, the last set shares some with the one before, and these count twice."""
     n = min(TOGETHER, x.size(1))
     starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
     sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
@@ -146,14 +146,15 @@ FEATURES = {'states': of_states, 'tokens': of_tokens, 'both': of_both}
 
 
 def features(encoder, embeddings, places, kind):
-    """{name: feature set (S, B, D)} of embeddings (B, T, C) of a frozen GPT."""
+    """{name: feature set (S, N, D)} of embeddings (B, T, C) of a frozen GPT; N is B times the places in a set."""
     return FEATURES[kind](encoder, embeddings, places)
 
 
 @dataclass
 class Field:
-    """What one micro-batch is trained against: for each feature set the targets (S, B, C) and the scale; at which places
-    states are features; ids: those (B, prefix) that generated text starts with, for token drift the real text (B, T)."""
+    """What one micro-batch is trained against: for each feature set the targets (S, N, D) and the scale; at which places
+    states or stacks are features; ids: those (B, prefix) that generated text starts with, for token drift the real text
+    (B, T)."""
     targets: dict
     scales: dict
     places: torch.Tensor

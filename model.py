@@ -36,8 +36,8 @@ OPTIONS = {  # which options a model type has beyond those of all
     'heat': ('heat_form', 'heat_t', 'heat_t_min', 'heat_t_max', 'published'),
     'rotating': ('rotating_head', 'use_norm'), 'parallel': ('parallel_merge',), 'duo': ('duo_fill_weight', 'published'),
     'diffusion': ('diffusion_objective', 'positions', 'penalty_keep_mask', 'penalty_mask_correct', *ENCODER_OPTIONS),
-    'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_floor', 'drift_output', 'drift_prefix',
-                 'drift_positives'),
+    'drifting': ('encoder', 'drift_features', 'drift_temperatures', 'drift_floor', 'drift_output', 'drift_look',
+                 'drift_prefix', 'drift_positives'),
 }
 # of two dimensions or more, and yet no matrices
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
@@ -45,7 +45,6 @@ LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
 LEAST_FIELD_TEMPERATURE = 1e-6  # likewise distances in its units
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 LOOK_AROUND = 5.0  # biases of q and k: the score of the places beside is about 3 lower
-LOOK_AROUND_NOISE = 20.0  # the same for drifting, whose q and k are normalised, and noise in them large: about 50 lower
 SHARPNESS = 3.0  # of soft tokens
 COLDEST = 1e-30  # a temperature that can still be divided by
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
@@ -94,6 +93,8 @@ class GPTConfig:
                                 'samples, each of whose affinities is smaller')
     drift_output: str = option('embedding', 'drifting: an embedding for each position; a mean of those there are; or the '
                                'likeliest one, with the gradient of the mean', ('embedding', 'soft', 'straight'))
+    drift_look: float = option(0.0, 'drifting: how strongly heads look at the places beside them at first; 20 is almost '
+                               'nothing else')
     drift_prefix: int = option(0, 'drifting: text starts with up to so many given tokens')
     drift_positives: int = option(0, 'drifting: real examples beyond as many as are generated')
 
@@ -117,7 +118,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout={self.dropout} must be at least 0 and below 1')
         for name in ('diffusion_std', 'duo_fill_weight', 'penalty_keep_mask', 'penalty_mask_correct', 'drift_weight',
-                     'drift_floor'):
+                     'drift_floor', 'drift_look'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name}={getattr(self, name)} must be at least 0')
         if self.heat_t not in ('depth', 'adaptive') and not LEAST_HEAT_TIME <= self.heat_time() < math.inf:
@@ -603,8 +604,10 @@ class GeneratorBlock(nn.Module):
     """A DiT block: attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and gated by a
     condition, the gates closed at first (adaLN-Zero). Peebles and Xie, arXiv 2212.09748.
 
-    No biases but those of q and k, which are not in the published generator: its heads look everywhere alike at first, noise
-    says nothing of where it stands, and so samples stay independent tokens for long (LOG.md)."""
+    No biases but with drift_look those of q and k, which are not in the published generator: its heads look everywhere alike
+    at first, noise says nothing of where it stands, and so samples stay independent tokens for long (LOG.md). With q and k
+    normalised, some 10 leave the rest of attention its say; at 20 a head is little but a shift by its distance, and stays
+    that for hundreds of steps."""
 
     def __init__(self, config):
         super().__init__()
@@ -613,7 +616,7 @@ class GeneratorBlock(nn.Module):
         self.n_head = config.n_head
         self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.q_norm, self.k_norm, self.rope = nn.RMSNorm(D), nn.RMSNorm(D), RotaryEmbedding(config)
-        self.look = nn.Parameter(looking_around(self.rope.frequencies, LOOK_AROUND_NOISE))
+        self.look = nn.Parameter(looking_around(self.rope.frequencies, config.drift_look)) if config.drift_look else None
         self.c_fc, self.c_out = nn.Linear(C, 2 * inner, bias=False), nn.Linear(inner, C, bias=False)
         self.modulation = nn.Linear(C, 6 * C, bias=False)
 
@@ -623,7 +626,9 @@ class GeneratorBlock(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
         q, k, v = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        q, k = self.q_norm(q.float()) + self.look[0, :, None], self.k_norm(k.float()) + self.look[1, :, None]
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if self.look is not None:
+            q, k = q + self.look[0, :, None], k + self.look[1, :, None]
         q, k = self.rope(q, k, 0)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         x = x + gate_1 * self.c_proj(y.transpose(1, 2).reshape(B, T, C))

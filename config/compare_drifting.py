@@ -11,6 +11,7 @@ drift_features = 'tokens'
 drift_temperatures = '0.1,0.3'
 drift_floor = 0.0
 drift_output = 'soft'
+drift_look = 20.0
 batch_size = 64  # the field is taken between them
 learning_rate = 4e-3
 weight_decay = 0.05

@@ -10,6 +10,7 @@ drift_features = 'tokens'
 drift_temperatures = '0.1,0.3'
 drift_floor = 0.0
 drift_output = 'soft'
+drift_look = 20.0
 n_layer = 4
 n_head = 4
 n_embd = 128

@@ -80,7 +80,8 @@ def settings(tmp_path, data_dir, encoder):
     """settings(**overrides) -> {key: value} of a tiny run; out_dir=NAME is a folder below tmp_path; a model_type may be
     one of WAYS."""
     def make(out_dir='run', **overrides):
-        more = {'drifting': {'encoder': encoder, 'drift_positives': 2, 'drift_prefix': 3},
+        more = {'drifting': {'encoder': encoder, 'drift_positives': 2, 'drift_prefix': 3, 'drift_features': 'both',
+                            'drift_look': 5.0},
                 'token drift': {'encoder': encoder, 'diffusion_objective': 'drift'}}.get(overrides.get('model_type'))
         if more is not None:
             overrides = more | overrides

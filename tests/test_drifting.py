@@ -112,9 +112,6 @@ def test_between_samples_of_one_distribution_it_falls_with_their_root():
         return float(torch.stack([V.square().mean() for V in found]).mean().sqrt())
     small, large = rms(32), rms(512)
     assert 2.5 < small / large < 6.5  # 4 is expected
-    fields = [raw_field(points(512, 2, seed=s), points(512, 2, seed=50 + s), points(512, 2, seed=s), 0.2, 0.0, ITSELF)
-              for s in range(12)]
-    assert torch.stack([V.mean(0).norm() for V in fields]).mean() < 0.3 * large  # and pushes nowhere as a whole
 
 
 def test_points_that_it_moves_come_to_stand_as_the_data_do_and_by_attraction_alone_collapse():
@@ -241,11 +238,9 @@ def noise_and_style(count=4, length=16):
 
 @torch.no_grad()
 def open_up(model):
-    """Gates open, and heads that look everywhere: else what comes from afar is small."""
+    """Gates open; where heads would look no farther than beside them, what comes from afar would be small."""
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.1)
-    for block in model.generator.h:
-        block.look.zero_()
 
 
 @pytest.mark.parametrize('C', [16, 768])
@@ -318,7 +313,8 @@ def test_blocks_are_closed_at_first_and_open_later(encoder):
 
 
 def test_heads_start_out_looking_at_their_neighbours(encoder):
-    config = GPTConfig(model_type='drifting', encoder='x', block_size=32, n_layer=1, n_head=4, n_embd=128)
+    config = GPTConfig(model_type='drifting', encoder='x', block_size=32, n_layer=1, n_head=4, n_embd=128,
+                       drift_look=20.0)
     torch.manual_seed(0)
     block, x = Generator(config).h[0], torch.randn(1, 32, 128)
     weights = {}
@@ -334,7 +330,7 @@ def test_heads_start_out_looking_at_their_neighbours(encoder):
         y = (block(x, torch.ones(1, C)) - x)[0, :, head * D]
         weights[head] = [torch.corrcoef(torch.stack((y[4:28], value[0, 4 + d:28 + d])))[0, 1] for d in range(-3, 4)]
     assert [max(range(7), key=lambda d: found[d]) - 3 for found in weights.values()] == [-1, 1, -2, 2]
-    assert all(max(found) > 0.6 for found in weights.values())
+    assert all(max(found) > 0.9 for found in weights.values())
 
 
 def test_attention_knows_how_far_apart_positions_are(encoder):
