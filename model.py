@@ -328,7 +328,9 @@ class DiffusionTime(nn.Module):
         statistics = torch.stack((mean, top.view(B, H, Tq), variance), dim=-1)  # (B, H, Tq, 3)
         if self.published:
             statistics = statistics.mean(2, keepdim=True)
-        t = self.mlp(statistics).float().clamp(self.log_min, self.log_max).exp()
+        last = self.mlp[-1]  # not under autocast: a log t of 8 bits would be off by a percent
+        log_t = (self.mlp[:-1](statistics).float() * last.weight.float()).sum(-1, keepdim=True) + last.bias.float()
+        t = log_t.clamp(self.log_min, self.log_max).exp()
         if not self.training:
             self.last = t.detach().mean()  # for the log
         return t
