@@ -45,16 +45,15 @@ def raw_field(x, positive, negative, temperature, floor=AFFINITY_FLOOR, itself=N
     away = distances(x, negative)
     if itself is not None:
         away = away + itself * torch.eye(*away.shape[-2:], device=x.device)
-    logits = -torch.cat((away, distances(x, positive)), dim=-1) / temperature
+    return _field(away, distances(x, positive), positive, negative, temperature, floor)
+
+
+def _field(away, toward, positive, negative, temperature, floor):
+    """`raw_field` from the distances (..., N, M) from `negative` and (..., N, P) from `positive`."""
+    logits = -torch.cat((away, toward), dim=-1) / temperature
     affinity = (logits.softmax(-1) * logits.softmax(-2)).sqrt().clamp(min=floor)
     push, pull = affinity.split((negative.size(-2), positive.size(-2)), dim=-1)
     return push.sum(-1, keepdim=True) * (pull @ positive) - pull.sum(-1, keepdim=True) * (push @ negative)
-
-
-def scale_of(x, positive):
-    """The mean distance of x (..., N, D) from itself and from `positive`: one number for a feature set."""
-    together = torch.cat((distances(x, x), distances(x, positive)), dim=-1)
-    return together.mean()
 
 
 @torch.no_grad()
@@ -63,21 +62,21 @@ def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
     The field of a feature set at its own samples x (S, N, D), in float32 -> targets (S, N, D) in scaled features, the scale
     that features are divided by, and {temperature: root mean square of the raw field}.
 
-    For each temperature the field is divided by its own root mean square, so that a loss against these targets is no
-    measure of progress; the raw one is.
+    For each temperature, stated in mean distances of all samples from each other and from real ones, the field is divided
+    by its own root mean square, so that a loss against these targets is no measure of progress; the raw one is.
     """
     with exact(x.device):
         x, positive = x.float(), positive.float()
         middle = torch.cat((x, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
         near, positive = x - middle, positive - middle
-        mean = scale_of(near, positive)
+        away, toward = distances(near, near), distances(near, positive)
+        mean = torch.cat((away, toward), dim=-1).mean()
         scale = (mean / math.sqrt(x.size(-1))).clamp(min=LEAST_SCALE)
         unit = mean.clamp(min=LEAST_SCALE)
-        near, positive = near / scale, positive / scale
+        away = away + ITSELF * unit * torch.eye(x.size(1), device=x.device)
         total, rms = torch.zeros_like(x), {}
         for temperature in temperatures:
-            factor = unit / scale  # temperatures and `itself` are stated in mean distances
-            raw = raw_field(near, positive, near, temperature * factor, floor, ITSELF * factor)
+            raw = _field(away, toward, positive, near, temperature * unit, floor) / scale
             square = raw.square().mean()
             rms[temperature] = square.sqrt()
             total += raw / square.clamp(min=1e-8).sqrt()
