@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import ngrams
 from machine import exact
@@ -18,7 +19,7 @@ LEAST_SCALE = 1e-3
 ITSELF = 100.0  # added to the distance of a sample from itself
 PLACES = 32  # positions whose states, or stacks of tokens, are features of their own
 WINDOWS = (4, 16)
-STACKS = (1, 2, 4)  # neighbouring tokens whose embeddings together are a feature
+STACKS = (2, 4)  # neighbouring tokens whose embeddings together are a feature
 TOGETHER = 4  # places whose stacks are one feature set: a field of so many more points is less noisy
 QUEUE = 1000  # examples before an iteration's own that further positives are taken from
 STYLES, STYLE_INDICES = 64, 32
@@ -120,11 +121,12 @@ def of_states(encoder, embeddings, places):
 def of_tokens(encoder, embeddings, places):
     """{name: feature set (S, n*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side, n = TOGETHER places
     in a set: what a field makes of n-grams. Unlike hidden states they are linear in an embedding, so that its gradient
-    holds as far as the next token."""
-    found = {}
-    for k in (k for k in STACKS if k <= embeddings.size(1)):
-        stacks = embeddings.unfold(1, k, 1).mT.flatten(2)  # (B, T-k+1, k*C)
-        found[f'tokens_{k}'] = together(stacks[:, places[places < stacks.size(1)]])
+    holds as far as the next token. Beyond both ends stand zeros: a stack at a place ends there, those of the first places
+    have a second one beyond the end, and so the tokens at the ends are in as many stacks as all others."""
+    found, T = {}, embeddings.size(1)
+    for k in STACKS:
+        stacks = F.pad(embeddings, (0, 0, k - 1, k - 1)).unfold(1, k, 1).mT.flatten(2)  # (B, T+k-1, k*C)
+        found[f'tokens_{k}'] = together(stacks[:, torch.cat((places, places[places < k - 1] + T))])
     return found
 
 

@@ -208,17 +208,28 @@ def test_ids_and_their_embeddings_have_the_same_features(encoder):
 
 def test_neighbours_embeddings_stand_side_by_side(encoder):
     model = checkpoint.load_encoder(encoder)
-    ids, places = torch.randint(200, (3, 16)), torch.tensor([0, 5, 11, 13, 15])
+    ids, places = torch.randint(200, (3, 16)), torch.tensor([0, 1, 5, 11, 13])
     found = features(model, model.transformer.wte(ids), places, 'tokens')
-    table = model.transformer.wte.weight
-    sets = {1: [[0, 5, 11, 13], [5, 11, 13, 15]], 2: [[0, 5, 11, 13]], 4: [[0, 5, 11]]}  # four places, or all there are
-    for k, starts in sets.items():
-        stacks = [[torch.stack([table[ids[b, place + i]] for i in range(k)]).flatten() for b in range(3) for place in places]
-                  for places in starts]
-        assert torch.equal(found[f'tokens_{k}'], torch.stack([torch.stack(each) for each in stacks]))
-    assert set(features(model, model.transformer.wte(ids[:, :3]), torch.arange(3), 'tokens')) == {'tokens_1', 'tokens_2'}
+    table, nothing = model.transformer.wte.weight, torch.zeros(16)
+
+    def stack(row, last, k):
+        return torch.cat([table[row[i]] if 0 <= i < 16 else nothing for i in range(last - k + 1, last + 1)])
+    lasts = {2: [0, 1, 5, 11, 13, 16], 4: [0, 1, 5, 11, 13, 16, 17]}  # which places their stacks end at
+    for k, each in lasts.items():
+        sets = [each[:4], each[-4:]]  # four together, and the rest with as many before them as there are to be four
+        wanted = [torch.stack([stack(row, last, k) for row in ids for last in some]) for some in sets]
+        assert torch.equal(found[f'tokens_{k}'], torch.stack(wanted))
+    short = features(model, model.transformer.wte(ids[:, :3]), torch.arange(3), 'tokens')
+    assert short['tokens_4'].shape == (2, 12, 64)
     both = features(model, model.transformer.wte(ids), places, 'both')
     assert set(both) == set(found) | set(features(model, model.transformer.wte(ids), places, 'states'))
+
+
+def test_every_token_is_in_as_many_stacks(encoder):
+    embeddings = torch.randn(1, 16, 16, requires_grad=True)
+    features(checkpoint.load_encoder(encoder), embeddings, torch.arange(16), 'tokens')['tokens_4'].sum().backward()
+    counts = embeddings.grad[0, :, 0]
+    assert counts.min() >= 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
