@@ -22,14 +22,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from configurator import UserError, build, one_of, option, read_values, run
-from data import Windows, derive_seed
-from machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
-from model import GPT, GPTConfig
-from prepare import load_meta
-from variants import VARIANTS
+from model import GPT, TYPES, GPTConfig
+from nanodrift.data import Windows, derive_seed, load_meta
+from nanodrift.kernels import padded_vocab_size
+from nanodrift.machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
+from nanodrift.options import UserError, build, check_options, one_of, option, read_values, run, split_numbers
+from nanodrift.variants import variants_of
 
 SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': False}  # where the command line is silent
 
@@ -41,12 +40,13 @@ class BenchConfig:
     part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains one of each type; "
                        "'refine' generates by diffusion and by gpt2",
                        ('speed', 'train', 'generate', 'loss', 'types', 'refine'))
-    max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each')
-    batch_size: int = option(16, 'examples per training step')
-    streams: str = option('1,8', 'how many samples are generated together, one measurement for each')
-    new_tokens: int = option(256, 'tokens generated per stream')
-    rounds: int = option(5, 'times that the sides take turns; medians are reported')
-    steps: int = option(300, 'training steps of --part=loss')
+    max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each', items=int,
+                           at_least=1)
+    batch_size: int = option(16, 'examples per training step', at_least=1)
+    streams: str = option('1,8', 'how many samples are generated together, one measurement for each', items=int, at_least=1)
+    new_tokens: int = option(256, 'tokens generated per stream', at_least=1)
+    rounds: int = option(5, 'times that the sides take turns; medians are reported', at_least=1)
+    steps: int = option(300, 'training steps of --part=loss', at_least=1)
     data: str = option('', 'folder of a prepared data set for real batches; empty takes random ids')
     seed: int = option(1337, 'of weights and batches')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -55,9 +55,11 @@ class BenchConfig:
     variants: str = option('', "--part=types: which of them, as 'gpt2,heat adaptive'; empty takes all")
     only: str = option('', 'measure the memory of this side alone; bench.py calls itself with it')
 
+    def __post_init__(self):
+        check_options(self)
 
-BENCHED = {name: changes for name, changes in VARIANTS.items() if changes.get('model_type') != 'drifting'}
-BENCHED['duo dense'] = VARIANTS['duo']  # the same function by `dense_attention`
+
+BENCHED = {name: changes for name, changes in variants_of(TYPES).items() if changes.get('model_type') != 'drifting'}
 
 
 class Side:
@@ -111,7 +113,7 @@ def nanogpt_side(config, model_config, device, dtype):
     sys.modules['nanogpt_model'] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     c = model_config
-    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=GPT.padded_vocab_size(c.vocab_size),
+    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=padded_vocab_size(c.vocab_size),
                                         n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout,
                                         bias=c.bias))
     torch.manual_seed(config.seed)
@@ -134,25 +136,10 @@ def nanogpt_side(config, model_config, device, dtype):
     return Side('nanoGPT', model, optimizer, step, generate)
 
 
-def dense_attention(attention, q, k, v, ahead):
-    """duo with all 2T-1 positions, the keys and values of the next tokens behind theirs, in one attention under a mask."""
-    T = q.size(2) - ahead.size(1)
-    k_ahead, v_ahead = attention._look_ahead(k[:, :, :T], v[:, :, :T], ahead)
-    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    itself = torch.eye(T - 1, dtype=torch.bool, device=q.device)
-    tokens = F.pad(causal, (0, 2 * (T - 1)))
-    masks = torch.cat((causal[:T - 1].tril(-1), itself, itself), dim=1)
-    k, v = torch.cat((k, k_ahead), dim=2), torch.cat((v, v_ahead), dim=2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat((tokens, masks)))
-
-
 def type_side(name, config, model_config, device, dtype):
     """One of BENCHED, stepped on its own objective's batches."""
     side = our_side(config, replace(model_config, **BENCHED[name]), device, dtype)
     model, optimizer = side.model, side.optimizer
-    if name == 'duo dense':
-        for block in model.transformer.h:
-            block.attn._two_streams = partial(dense_attention, block.attn)
 
     def step(X, Y):
         tokens = torch.cat((X, Y[:, -1:]), dim=1)[:, :model.objective.window(X.size(1))]
@@ -246,7 +233,7 @@ def bench_refine(config, model_config, device, dtype, streams):
         with autocast(device, 'float32' if device.type == 'cpu' else dtype):
             diffusion.generate_diffusion(canvas, max_steps=steps).tolist()
 
-    ways = {'gpt2': left_to_right} | {f'{n} steps': partial(refined, n) for n in map(int, config.max_steps.split(','))}
+    ways = {'gpt2': left_to_right} | {f'{n} steps': partial(refined, n) for n in split_numbers(config.max_steps)}
     times = {name: [] for name in ways}
     for number in range(config.rounds + 1):
         for name, way in ways.items():
@@ -349,7 +336,7 @@ def make_side(name, config, model_config, device, dtype):
 
 def measure(config, c, sides, device, dtype, peak):
     """{what: numbers} for one part; c is the GPTConfig of all sides."""
-    names, tokens, streams = [side.name for side in sides], config.batch_size * c.block_size, config.streams.split(',')
+    names, tokens, streams = [side.name for side in sides], config.batch_size * c.block_size, split_numbers(config.streams)
     result = {}
     if config.part == 'loss':
         result['loss'] = bench_loss(config, c, sides, device)
@@ -357,7 +344,7 @@ def measure(config, c, sides, device, dtype, peak):
         result['types'] = report('training step, in time per token of text', bench_train(config, c, sides, device), tokens)
         result['peak_MiB'] = report_memory(names, 'types')
     if config.part == 'refine':
-        for n in map(int, streams):
+        for n in streams:
             times = bench_refine(config, replace(c, model_type='gpt2'), device, dtype, n)
             result[f'refine_{n}'] = report(f'{c.block_size} tokens for each of {n} stream(s)', times, n * c.block_size)
     if config.part in ('speed', 'train'):
@@ -365,7 +352,7 @@ def measure(config, c, sides, device, dtype, peak):
         result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
         result['peak_MiB'] = report_memory(names, 'train')
     if config.part in ('speed', 'generate'):
-        for n in map(int, streams):
+        for n in streams:
             title = f'generation, {n} stream(s) of {config.new_tokens} tokens'
             result[f'generate_{n}'] = report(title, bench_generate(config, sides, device, n), n * config.new_tokens)
         result['generate_peak_MiB'] = report_memory(names, 'generate')

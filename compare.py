@@ -3,7 +3,7 @@ Trains model types on one data set under one budget, several seeds of each, eval
 
     python compare.py                                                    every type, on a CPU
     python compare.py --variants="gpt2,heat,heat adaptive" --tokens=2e6 --seeds=1,2,3
-    python compare.py --recipe=config/train_wikitext103_gpt2_medium.py --launch="torchrun --standalone --nproc_per_node=8" \\
+    python compare.py --recipe=config/gpt2_medium/gpt2.py --launch="torchrun --standalone --nproc_per_node=8" \\
         --dataset=wikitext-103 --tokens=1e9
 
 Everything is a command of train.py, printed before it runs; what is finished is not run again, what was cut short is
@@ -11,7 +11,6 @@ resumed, so that a comparison that was killed goes on where it stopped. In out_d
 from elsewhere; results.json; runs/, a folder for each.
 """
 import json
-import math
 import os
 import shlex
 import shutil
@@ -20,64 +19,59 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-import checkpoint
 import evaluate
-import report
-from configurator import UserError, configure, one_of, option, read_config_file, run
-from data import Windows, derive_seed
-from machine import Ranks, pick_device, pick_dtype
-from model import OPTIONS, GPTConfig
-from objectives import get_objective
-from prepare import load_meta
-from quality import FOLDS
+from model import TYPES, GPTConfig
+from nanodrift import checkpoint, report
+from nanodrift.data import Stream, Windows, derive_seed, load_meta
+from nanodrift.machine import Ranks, pick_device, pick_dtype
+from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
+from nanodrift.quality import FOLDS
+from nanodrift.variants import first_of_each_type, variants_of
 from train import TrainConfig, read_settings
-from variants import EACH_TYPE, VARIANTS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 beside the compared ones
-BESIDE = {JUDGE: 1000, ENCODER: 1001}  # their seeds, which no other run has: a twin's judgement would be worth nothing
+JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
+HELPER_SEEDS = {JUDGE: 1000, ENCODER: 1001}  # which no other run has: a twin's judgement would be worth nothing
 TRIAL = 15  # iterations that tell how fast a variant is, for a budget in seconds
 EVALUATIONS = 10  # of each run, at least: the points of its curve
+VARIANTS = variants_of(TYPES)
 SHOWN = 3  # samples of each variant in the report
-ELSEWHERE = ('out_dir', 'init_from', 'encoder', 'vocab_size')  # settings that may differ where the run is the same
+MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size')  # settings that may differ where the run is the same
 
 
 @dataclass
 class CompareConfig:
     """What is compared, under which budget."""
-    variants: str = option('', f"separated by commas; empty takes one of each type: {', '.join(EACH_TYPE)}")
-    seeds: str = option('1,2,3', 'a run of each variant for each seed')
-    tokens: float = option(2e6, 'tokens of text that each run trains on')
-    seconds: float = option(0.0, 'seconds of training for each run, in place of tokens')
+    variants: str = option('', 'separated by commas; empty takes one of each type: '
+                           + ', '.join(first_of_each_type(VARIANTS)))
+    seeds: str = option('1,2,3', 'a run of each variant for each seed', items=int, at_least=0)
+    tokens: float = option(2e6, 'tokens of text that each run trains on', at_least=0)
+    seconds: float = option(0.0, 'seconds of training for each run, in place of tokens', at_least=0)
     dataset: str = option('python_bpe1024', 'data set, a folder below data_dir made by prepare.py')
     data_dir: str = option('data', 'where the data sets are')
-    recipe: str = option('config/compare_gpt2.py', 'config file of train.py that all variants share')
+    recipe: str = option('config/compare/gpt2.py', 'config file of train.py that all variants share')
     launch: str = option('', "what starts train.py in place of python: 'torchrun --standalone --nproc_per_node=8', say")
     samples: int = option(200, 'samples of each run that are judged; 0 judges none')
-    length: int = option(64, 'tokens of each sample')
+    length: int = option(64, 'tokens of each sample', at_least=4)
     out_dir: str = option('report', 'folder of the report and of the runs')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
 
     def __post_init__(self):
+        check_options(self)
         for name in self.names:
             one_of('variants', name, VARIANTS)
-        if not all(seed.strip().isdecimal() for seed in self.seeds.split(',')):
-            raise UserError(f'seeds={self.seeds!r} must be whole numbers, separated by commas')
         for key, values in (('variants', self.names), ('seeds', self.numbers)):
             if len(set(values)) < len(values):
                 raise UserError(f'{key}={getattr(self, key)}: one is named twice')
-        taken = [f'{seed} is that of the {name}' for name, seed in BESIDE.items() if seed in self.numbers]
+        taken = [f'{seed} is that of the {name}' for name, seed in HELPER_SEEDS.items() if seed in self.numbers]
         if taken:
             raise UserError(f'seeds={self.seeds}: {" and ".join(taken)}; name others')
-        budget = (self.tokens, self.seconds)
-        if not all(map(math.isfinite, budget)) or min(budget) < 0 or not sum(budget):
-            raise UserError(f'tokens={self.tokens} and seconds={self.seconds}: one of them must be above 0, both finite')
+        if not self.tokens and not self.seconds:
+            raise UserError(f'tokens={self.tokens} and seconds={self.seconds}: one of them must be above 0')
         if self.samples and self.samples < 2 * FOLDS:
             raise UserError(f'samples={self.samples} must be at least {2 * FOLDS}, or 0 to judge none')
-        if self.length < 4:
-            raise UserError(f'length={self.length} must be at least 4')
         self._check_launcher()
 
     def _check_launcher(self):
@@ -90,11 +84,11 @@ class CompareConfig:
 
     @property
     def names(self):
-        return [name.strip() for name in self.variants.split(',')] if self.variants else list(EACH_TYPE)
+        return [name.strip() for name in self.variants.split(',')] if self.variants else first_of_each_type(VARIANTS)
 
     @property
     def numbers(self):
-        return [int(seed) for seed in self.seeds.split(',')]
+        return split_numbers(self.seeds)
 
     @property
     def launcher(self):
@@ -127,10 +121,15 @@ class Planned:
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
 
     def length(self, max_iters):
-        """Arguments that make it a run of so many iterations: of the recipe's schedule the warmup stays, at most a tenth."""
+        """Arguments that make it a run of so many iterations: of the recipe's schedule the warmup stays, at most a tenth;
+        its evaluations, of which each batch costs a third of an iteration and is drawn from both splits, take no longer
+        than the training."""
         c, often = self.config, max(1, max_iters // EVALUATIONS)
-        values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': min(c.eval_interval, often),
-                  'log_interval': min(c.log_interval, often)}
+        interval = min(c.eval_interval, often)
+        evaluations, batches = max_iters // interval + 1, max_iters * c.gradient_accumulation_steps
+        values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': interval,
+                  'log_interval': min(c.log_interval, often),
+                  'eval_iters': min(c.eval_iters or batches, max(1, batches // evaluations))}
         if not c.warmup_ratio:
             per_epoch = os.path.getsize(self.windows('train').file.name) / self.windows('train').dtype.itemsize
             warmup = c.warmup_iters or round(c.warmup_epochs * per_epoch / self.tokens_per_iter)
@@ -143,16 +142,14 @@ class Planned:
         c, block_size = self.config, self.model_config.block_size
         folder = os.path.join(c.data_dir, c.dataset)
         return Windows(os.path.join(folder, f'{split}.bin'), load_meta(folder)['dtype'],
-                       get_objective(self.model_config).window(block_size), block_size)
+                       TYPES[self.model_config.model_type].objective(self.model_config).window(block_size), block_size)
 
 
 def plan(config):
     """The Planned runs, the judge and the encoder before those that need them, every variant before any has a second seed.
     Raises UserError on what would stop any of them, before hours of work."""
-    beside = [JUDGE] * bool(config.samples)
-    if any(needs_encoder(name) for name in config.names):
-        beside.append(ENCODER)
-    runs = [plan_one(config, name, 'gpt2', BESIDE[name], name) for name in beside]
+    helpers = [JUDGE] * bool(config.samples) + [ENCODER] * any(needs_encoder(name) for name in config.names)
+    runs = [plan_one(config, name, 'gpt2', HELPER_SEEDS[name], name) for name in helpers]
     runs += [plan_one(config, f'{name}, seed {seed}', name, seed, f'{name.replace(" ", "-")}_seed{seed}')
              for seed in config.numbers for name in config.names]
     pick_device(config.device)
@@ -184,11 +181,11 @@ def plan_one(config, name, variant, seed, folder):
     changes = VARIANTS[variant]
     kind = changes.get('model_type', 'gpt2')
     own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these have rates of their own
-    recipe = os.path.join(HERE, 'config', f'compare_{kind}.py') if own else config.recipe
+    recipe = os.path.join(HERE, 'config', 'compare', f'{kind}.py') if own else config.recipe
     values = read_config_file(recipe)
     if values.get('init_from', 'scratch') != 'scratch' or values.get('eval_only'):
         raise UserError(f'recipe={recipe}: a comparison trains from scratch; take one without init_from and eval_only')
-    options = {'model_type', *(option for its in OPTIONS.values() for option in its)}
+    options = {'model_type', *(f.name for f in fields(GPTConfig) if f.metadata['types'])}
     plain = {} if own else {key: getattr(GPTConfig, key) for key in values if key in options}
     if needs_encoder(variant):
         plain |= {'encoder': os.path.join(config.runs, ENCODER)}
@@ -220,15 +217,15 @@ def finished(folder, state, max_iters):
     return state['evaluated_iter'] == max_iters or bool(losses) and losses[-1] >= state['best_val_loss']
 
 
-def refuse_other_settings(folder, state, words):
+def check_same_settings(folder, state, words):
     """Raises UserError where the checkpoint in a folder, which may be None, is not of the run that these words start."""
     if state is None:
         return
-    wanted = {key: value for part in read_settings(words)[:2] for key, value in asdict(part).items()}
+    wanted = {key: value for settings in read_settings(words)[:2] for key, value in asdict(settings).items()}
     had = state['config'] | {'data_dir': os.path.abspath(state['config']['data_dir'])}
     wanted['data_dir'] = os.path.abspath(wanted['data_dir'])
     differing = [f'{key}={had[key]}, not {value}' for key, value in wanted.items()
-                 if key not in ELSEWHERE and had.get(key, value) != value]
+                 if key not in MAY_DIFFER and had.get(key, value) != value]
     if differing:
         raise UserError(f'{folder} holds a run with {"; ".join(differing)}: name another folder with --out_dir')
 
@@ -264,7 +261,7 @@ def iterations(config, planned, measure=False):
     words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={config.numbers[0]}', '--eval_iters=1',
              f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0']
     state = last_state(trial)
-    refuse_other_settings(trial, state, words)
+    check_same_settings(trial, state, words)
     if not finished(trial, state, TRIAL):
         if not measure:
             return None
@@ -273,19 +270,19 @@ def iterations(config, planned, measure=False):
     return max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
 
-def refuse_other_runs(config, runs):
+def check_same_runs(config, runs):
     """Raises UserError where a run that is there already is of another comparison."""
     for planned in runs:
         max_iters = iterations(config, planned)
         if max_iters:
-            refuse_other_settings(planned.folder, last_state(planned.folder), [*planned.words, *planned.length(max_iters)])
+            check_same_settings(planned.folder, last_state(planned.folder), [*planned.words, *planned.length(max_iters)])
 
 
 def train_one(config, planned):
     """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it."""
     max_iters = iterations(config, planned, measure=True)
     words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
-    refuse_other_settings(planned.folder, state, words)
+    check_same_settings(planned.folder, state, words)
     if not finished(planned.folder, state, max_iters):
         call(config, words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}'])
     return shlex.join([*(config.launcher if config.launch else ['python']), 'train.py', *words])
@@ -300,49 +297,66 @@ def identity_of(folder):
     return {key: state[key] for key in ('run_id', 'iter_num')}
 
 
-def evaluate_run(config, folder):
-    """{name: number} of one run on validation text and of its samples; some texts. Kept in the run's evaluation.json."""
-    path, started = os.path.join(folder, 'evaluation.json'), time.perf_counter()
-    judge = os.path.join(config.runs, JUDGE)
-    meta = load_meta(config.data)
-    asked = {'samples': config.samples, 'length': config.length, 'checkpoint': identity_of(folder),
+def evaluate_run(config, planned, reference_rows):
+    """{name: number} of one run on validation text and of its samples; some texts. Kept in the run's evaluation.json. No
+    more text is evaluated than a run trains on."""
+    folder, started = planned.folder, time.perf_counter()
+    path, judge = os.path.join(folder, 'evaluation.json'), os.path.join(config.runs, JUDGE)
+    meta, tokens = load_meta(config.data), iterations(config, planned) * planned.tokens_per_iter
+    windows = 0 if tokens >= meta['splits']['val']['tokens'] else max(1, tokens // planned.model_config.block_size)
+    asked = {'samples': config.samples, 'length': config.length, 'checkpoint': identity_of(folder), 'windows': windows,
              'judge': identity_of(judge) if config.samples else None, 'text': meta['splits']['val']['text_sha256']}
     known = read_evaluation(path)
     if known.get('asked') == asked:
         return known
-    c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 2 * FOLDS), length=config.length)
-    how = evaluate.DrawConfig()
-    alone = Ranks(device=pick_device(config.device))
+    c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 2 * FOLDS), length=config.length,
+                            windows=windows)
+    draw_config, alone = evaluate.DrawConfig(), Ranks(device=pick_device(config.device))
     entry = evaluate.load(c, folder, alone.device)
+    print(f'{planned.name}: validation text', end='', flush=True)
     likelihood = evaluate.likelihood(c, entry, alone, pick_dtype('auto', alone.device))
-    found = {'asked': asked, 'likelihood': likelihood, 'quality': {}}
+    evaluation = {'asked': asked, 'likelihood': likelihood, 'quality': {}}
     if config.samples:
+        print(f', {config.samples} samples', end='', flush=True)
         judge = evaluate.load(c, judge, alone.device)
-        evaluate.refuse_judge(c, judge, [entry])
-        rows = evaluate.sample_quality(c, how, [entry], judge, alone)
-        found['quality'] = rows.pop(entry.name)
-        found['others'] = rows
-    few = evaluate.EvalConfig(num_samples=2 * FOLDS, length=config.length, seed=derive_seed(c.seed, 10) % 2 ** 31)
-    samples, _, _ = evaluate.draw_samples(entry, few, how, [meta['eot']] * few.num_samples, alone)
-    found['texts'] = [entry.tokenizer.decode(row[int(row[0] == meta['eot']):].tolist()) for row in samples[:SHOWN]]
-    report.write_whole(path, json.dumps(found | {'seconds': time.perf_counter() - started}))
+        evaluate.check_judge(c, judge, [entry])
+        evaluation['quality'] = evaluate.sample_quality(c, draw_config, [entry], judge, alone)[entry.name]
+        evaluation['others'] = reference_rows(c, entry, judge)
+    few = evaluate.EvalConfig(num_samples=2 * FOLDS, length=config.length,
+                              seed=derive_seed(c.seed, Stream.SHOWN_TEXTS) % 2 ** 31)
+    samples, _, _ = evaluate.draw_samples(entry, few, draw_config, [meta['eot']] * few.num_samples, alone)
+    texts = [entry.tokenizer.decode(row[int(row[0] == meta['eot']):].tolist()) for row in samples[:SHOWN]]
+    seconds = time.perf_counter() - started
+    print(f', {seconds:.1f} s', flush=True)
+    report.write_whole(path, json.dumps(evaluation | {'texts': texts, 'seconds': seconds}))
     return read_evaluation(path)
+
+
+def once(function):
+    """`function`, which is called the first time only and gives the same ever after."""
+    kept = []
+
+    def call(*arguments):
+        if not kept:
+            kept.append(function(*arguments))
+        return kept[0]
+    return call
 
 
 def read_evaluation(path):
     """What an evaluation.json holds; nothing where it is missing or unreadable."""
     try:
         with open(path, encoding='utf-8') as f:
-            found = json.load(f)
+            evaluation = json.load(f)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return evaluation if isinstance(evaluation, dict) else {}
 
 
 def main(argv):
     config, _ = configure(argv, CompareConfig, description=__doc__)
     runs = plan(config)
-    refuse_other_runs(config, runs)
+    check_same_runs(config, runs)
     try:
         os.makedirs(config.runs, exist_ok=True)
     except OSError as e:
@@ -351,17 +365,18 @@ def main(argv):
     for planned in runs:
         commands[planned.name] = train_one(config, planned)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
-    variants, beside = {}, []
+    variants, helpers, reference_rows = {}, [], once(evaluate.reference_quality)
     for planned in runs:
-        found = report.collect(planned.folder, commands[planned.name])
-        if planned.name in BESIDE:
-            beside.append(found)
+        trained = report.collect(planned.folder, commands[planned.name])
+        if planned.name in HELPER_SEEDS:
+            helpers.append(trained)
         else:
-            variants.setdefault(planned.variant, []).append(found | {'evaluation': evaluate_run(config, planned.folder)})
+            evaluation = evaluate_run(config, planned, reference_rows)
+            variants.setdefault(planned.variant, []).append(trained | {'evaluation': evaluation})
     budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
     facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,
              'budget': f'{budget} a run', 'samples of each run': config.samples, 'tokens of each sample': config.length}
-    path, rows = report.write(config.out_dir, facts, variants, beside)
+    path, rows = report.write(config.out_dir, facts, variants, helpers)
     print(path)
     print(json.dumps(rows))
 

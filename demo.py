@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import configure, option, run
 from model import MODEL_TYPES
-from prepare import load_meta
-from tokenizer import tokenizer_from_meta
+from nanodrift.data import load_meta
+from nanodrift.options import configure, option, run
+from nanodrift.tokenizer import tokenizer_from_meta
 
 DATASET, TOKENIZER = 'python', 'bpe:1024'
 VAL_FRACTION = 0.03

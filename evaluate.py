@@ -26,19 +26,19 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-import checkpoint
-import ngrams
-import quality
-from calibration import calibration, calibration_sums
-from configurator import UserError, configure, option, read_values, run
-from data import Windows, derive_seed
-from machine import DTYPES, pick_dtype, setup_ranks
-from objectives import LEVELS, NEXT_TOKEN, add, level_of, means, over_windows, prediction_sums, sum_in_chunks
-from prepare import load_meta
-from refinement import RefineConfig, refuse_undefined
-from runlog import finite
-from tokenizer import tokenizer_from_meta
+from model import load_model
+from nanodrift import huggingface, ngrams, quality
+from nanodrift.checkpoint import FILES
+from nanodrift.data import Stream, Windows, derive_seed, load_meta
+from nanodrift.machine import DTYPES, Ranks, pick_dtype, setup_ranks
+from nanodrift.metrics import over_windows
+from nanodrift.objectives import NEXT_TOKEN
+from nanodrift.options import UserError, check_options, configure, option, read_values, run
+from nanodrift.refinement import RefineConfig, check_defined
+from nanodrift.runlog import finite
+from nanodrift.tokenizer import tokenizer_from_meta
 
+ALONE = Ranks()
 SAMPLES_AT_ONCE = 100
 WIDTH = 150  # of the tables, at least: narrower ones cannot be read
 NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
@@ -48,16 +48,16 @@ NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
 class EvalConfig:
     """What is evaluated, on what. Samples are drawn as RefineConfig says, its order and revision for diffusion alone."""
     out_dir: str = option('out', 'folders of runs, separated by commas')
-    ckpt: str = option('best', 'which checkpoint of each', tuple(checkpoint.FILES))
+    ckpt: str = option('best', 'which checkpoint of each', tuple(FILES))
     data: str = option('', "folder of a prepared data set whose validation text is used; empty is each run's own")
-    windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all')
-    stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all')
+    windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all', at_least=0)
+    stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all', at_least=0)
     figure: str = option('', 'PNG file for a reliability diagram: accuracy against confidence')
-    draws: int = option(1, 'diffusion: how often each window is masked anew')
-    batch_size: int = option(0, "windows at once, on which the masks of diffusion depend; 0 takes the run's own")
+    draws: int = option(1, 'diffusion: how often each window is masked anew', at_least=1)
+    batch_size: int = option(0, "windows at once, on which the masks of diffusion depend; 0 takes the run's own", at_least=0)
     judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
-    num_samples: int = option(1000, 'samples of each model')
-    length: int = option(64, 'tokens of each sample')
+    num_samples: int = option(1000, 'samples of each model', at_least=2 * quality.FOLDS)
+    length: int = option(64, 'tokens of each sample', at_least=4)
     ways: str = option('', "diffusion: several ways to draw samples, a row each: 'max_steps=8;max_steps=8,remask=flag'")
     seed: int = option(1337, 'of samples and of what they are compared with')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -66,10 +66,7 @@ class EvalConfig:
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
 
     def __post_init__(self):
-        at_least = dict(windows=0, stride=0, draws=1, batch_size=0, num_samples=2 * quality.FOLDS, length=4)
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        check_options(self)
         if self.ways and not self.judge:
             raise UserError('ways are ways to draw samples, which need a --judge')
         if self.figure and not self.figure.endswith('.png'):
@@ -83,9 +80,9 @@ class EvalConfig:
 @dataclass
 class DrawConfig(RefineConfig):
     """RefineConfig for samples that are measured: as learned, unless said otherwise."""
-    max_steps: int = option(64, 'steps, over all blocks together; threshold takes as many as it needs')
-    temperature: float = option(1.0, '1 is as learned, lower is safer, 0 always takes the likeliest')
-    top_k: int = option(0, 'draw from the k likeliest tokens; 0 from all')
+    max_steps: int = option(64, 'steps, over all blocks together; threshold takes as many as it needs', at_least=1)
+    temperature: float = option(1.0, '1 is as learned, lower is safer, 0 always takes the argmax', at_least=0)
+    top_k: int = option(0, 'draw from the k most likely tokens; 0 from all', at_least=0)
 
 
 @dataclass
@@ -108,48 +105,6 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------------
 # likelihood and calibration
 
-def prediction_scores(logits, targets):
-    return calibration_sums(logits, targets) | prediction_sums(logits, targets)
-
-
-def causal_scores(model, X, Y, W):
-    """Sums for next tokens and, of duo, for fill-ins."""
-    T = X.size(1)
-    x = model.trunk(X, fill=Y.size(1) > T)
-    sums = sum_in_chunks(model, x[:, :T], Y[:, :T], prediction_scores)
-    if Y.size(1) > T:
-        sums |= {f'fill_{name}': total for name, total in sum_in_chunks(model, x[:, T:], Y[:, T:]).items()}
-    return sums
-
-
-def causal_summary(sums):
-    found = calibration(sums) | means({name: sums[name] for name in sums if name in ('loss', 'count') or 'fill' in name})
-    return found | {'perplexity': math.exp(found['loss'])}
-
-
-def diffusion_scores(model, X, Y, W):
-    """Sums of the model's own metrics, and calibration at the masked positions of the rows that the bound is made of."""
-    mask, n = model.config.vocab_size, len(X) // 2 if model.config.diffusion_objective == 'repair' else 0
-    sums = model.objective.metrics(model, X, Y, W)
-    X, Y = X[n:], Y[n:]
-    x, masked, level = model.trunk(X), X == mask, level_of(X == mask)
-    for name, rows in [('all', torch.ones_like(level, dtype=torch.bool))] + [(p, level == p) for p in LEVELS]:
-        where = masked & rows[:, None]
-        if where.any():
-            found = sum_in_chunks(model, x[where], Y[where], lambda logits, y: calibration_sums(logits[:, :mask], y))
-            sums |= {f'at_{name}_{key}': total for key, total in found.items()}
-    return sums
-
-
-def diffusion_summary(model, sums, draws):
-    found = model.objective.summary({name: total for name, total in sums.items() if not name.startswith('at_')}, draws)
-    for name in ('all', *LEVELS):
-        part = {key.removeprefix(f'at_{name}_'): total for key, total in sums.items() if key.startswith(f'at_{name}_')}
-        if part:
-            found |= {key if name == 'all' else f'{key}_at_{name}': value for key, value in calibration(part).items()}
-    return found | {'bound': found['nelbo']}
-
-
 def data_of(config, entry):
     """The folder of the data set that an Entry is evaluated on, and its meta."""
     settings = entry.state['config']
@@ -168,65 +123,61 @@ def likelihood(config, entry, ranks, dtype):
     folder, meta = data_of(config, entry)
     model, objective, T = entry.model, entry.model.objective, entry.model.config.block_size
     if config.stride:
-        if not model.causal or config.stride > T:
+        if not model.config.causal or config.stride > T:
             raise UserError(f'stride={config.stride} is for causal types, and at most block_size={T}: not for {entry.name}')
         objective = NEXT_TOKEN
-    batch_size = config.batch_size or entry.state['config'].get('batch_size', 8)
-    path = os.path.join(folder, 'val.bin')
-    windows = Windows(path, meta['dtype'], objective.window(T), config.stride or T)
-    offsets = windows.spread(config.windows or len(windows))
     if objective.val_metric not in ('loss', 'nelbo'):
         return {}
-    if objective.val_metric == 'nelbo':
-        sums = [over_windows(windows, offsets, batch_size, objective.eval_batch, partial(diffusion_scores, model),
-                             ranks, dtype, seeds=(draw,) * bool(draw)) for draw in range(config.draws)]
-        sums = add(sums)
-        found = diffusion_summary(model, sums, config.draws)
-    else:
-        sums = over_windows(windows, offsets, batch_size, objective.make_batch, partial(causal_scores, model), ranks, dtype,
-                            counted=config.stride)
-        found = causal_summary(sums)
-    val = meta['splits']['val']
-    loss = found['loss'] if 'loss' in found else found['bound']
-    return found | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'], 'predictions': float(sums['count'])}
+    bound = objective.val_metric == 'nelbo'
+    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], objective.window(T), config.stride or T)
+    measured = over_windows(
+        windows, windows.spread(config.windows or len(windows)),
+        config.batch_size or entry.state['config'].get('batch_size', 8), objective.eval_batch or objective.make_batch,
+        partial(objective.metrics, model, calibrated=True), ranks, dtype, config.draws if bound else 1, config.stride)
+    numbers = objective.summary(measured)
+    loss, val = numbers[objective.val_metric], meta['splits']['val']
+    numbers |= {'bound': loss} if bound else {'perplexity': math.exp(loss)}
+    return numbers | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'],
+                      'predictions': float(measured['accuracy'].count)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
 
-def draw_samples(entry, config, how, first_tokens, ranks):
+def draw_samples(entry, config, draw_config, first_tokens, ranks):
     """-> samples (num_samples, length), forward passes for each, seconds; the same on any number of ranks. A causal model
     goes on from the first tokens (num_samples,), since it cannot predict them."""
-    model, parts = entry.model, {}  # {number of its first sample: (ids, forward passes)}
+    model, batches = entry.model, {}  # {number of its first sample: (ids, forward passes)}
     started = time.perf_counter()
     for number in range(ranks.rank * SAMPLES_AT_ONCE, config.num_samples, ranks.world_size * SAMPLES_AT_ONCE):
         first = torch.as_tensor(first_tokens[number:number + SAMPLES_AT_ONCE], device=model.device)[:, None]
-        seed = derive_seed(config.seed, 5, number)
+        seed = derive_seed(config.seed, Stream.SAMPLES, number)
         if model.config.model_type == 'diffusion':
             canvas = torch.full((len(first), config.length), model.config.vocab_size, device=model.device)
-            *_, step = model.refine(canvas, how, seed)
-            parts[number] = step.ids.cpu(), float(step.passes.sum())
+            *_, step = model.refine(canvas, draw_config, seed)
+            batches[number] = step.ids.cpu(), float(step.passes.sum())
         elif model.config.model_type == 'drifting':
-            parts[number] = model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu(), len(first)
+            batches[number] = model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu(), len(first)
         else:
-            columns = model.generate(first, config.length - 1, how.temperature, how.top_k or None, how.top_p, seed)
+            columns = model.generate(first, config.length - 1, draw_config.temperature,
+                                     draw_config.top_k or None, draw_config.top_p, seed)
             ids = torch.cat((first, torch.stack(list(columns), dim=1)), dim=1).cpu()
-            parts[number] = ids, len(first) * (config.length - 1)
-    everyones = {number: part for found in ranks.gather(parts) for number, part in found.items()}
-    ids, passes = zip(*(everyones[number] for number in sorted(everyones)))
+            batches[number] = ids, len(first) * (config.length - 1)
+    all_ranks = {number: batch for mine in ranks.gather(batches) for number, batch in mine.items()}
+    ids, passes = zip(*(all_ranks[number] for number in sorted(all_ranks)))
     return torch.cat(ids).numpy(), sum(passes) / config.num_samples, time.perf_counter() - started
 
 
-def ways_to_draw(config, how, entry):
-    """{name: DrawConfig} for an Entry: of diffusion each of config.ways, which is `how` with some settings changed."""
+def ways_to_draw(config, draw_config, entry):
+    """{name: DrawConfig} for an Entry: of diffusion each of config.ways, which is draw_config with some settings changed."""
     texts = [way.strip() for way in config.ways.split(';') if way.strip()]
     if entry.model.config.model_type != 'diffusion' or not texts:
         texts = ['']
     settings = {text: [f'--{setting.strip()}' for setting in text.split(',') if setting] for text in texts}
-    ways = {text: replace(how, **read_values(given, DrawConfig)[0]) for text, given in settings.items()}
+    ways = {text: replace(draw_config, **read_values(given, DrawConfig)[0]) for text, given in settings.items()}
     if entry.model.config.model_type == 'diffusion':
         for way in ways.values():
-            refuse_undefined(way, entry.model)
+            check_defined(way, entry.model)
     return ways
 
 
@@ -238,17 +189,17 @@ def held_out_halves(folder, meta, config):
     if n < 2 * config.num_samples:
         raise UserError(f'{folder} has validation text for {n // 2} samples of {config.length} tokens and as many to '
                         f'compare them with: --num_samples={n // 2}')
-    order = np.random.default_rng(derive_seed(config.seed, 6)).permutation(n)[:2 * config.num_samples]
+    order = np.random.default_rng(derive_seed(config.seed, Stream.HELD_OUT)).permutation(n)[:2 * config.num_samples]
     return np.split(tokens[:n * config.length].reshape(n, config.length)[order], 2)
 
 
-def refuse_judge(config, judge, entries):
+def check_judge(config, judge, entries):
     """Raises UserError where the judge is one of the models, its parent or its child, or is not causal; and where samples of
     this length or from this text cannot be compared."""
-    if not judge.model.causal:
+    if not judge.model.config.causal:
         raise UserError(f'{judge.name} cannot judge: its type is not causal')
     for entry in entries:
-        if entry.model.config.block_size < config.length and not entry.model.causal:
+        if entry.model.config.block_size < config.length and not entry.model.config.causal:
             raise UserError(f'{entry.name} writes {entry.model.config.block_size} tokens at most: lower --length')
         if data_of(config, entry)[1]['splits'] != data_of(config, entries[0])[1]['splits']:
             raise UserError(f'{entry.name} and {entries[0].name} were trained on different text: name one with --data')
@@ -262,35 +213,40 @@ def refuse_judge(config, judge, entries):
     held_out_halves(*data_of(config, entries[0]), config)
 
 
-def honest_rows(config, folder, meta, rest):
-    """{row: samples} of real text, n-gram models and shuffled spans, which keep everyone honest."""
-    train, rng = training_text(folder, meta), np.random.default_rng(derive_seed(config.seed, 7))
+def sample_quality(config, draw_config, entries, judge, ranks):
+    """{row: {name: number}} of samples of each model, each way of drawing from it."""
+    folder, meta = data_of(config, entries[0])
+    rng = np.random.default_rng(derive_seed(config.seed, Stream.FIRST_TOKENS))
+    first_tokens, drawn = ngrams.real(training_text(folder, meta), config.num_samples, 1, rng)[:, 0], {}
+    for entry in entries:
+        for name, way in ways_to_draw(config, draw_config, entry).items():
+            drawn[f'{entry.name} {name}'.strip()] = draw_samples(entry, config, way, first_tokens, ranks)
+    numbers = describe({row: samples for row, (samples, _, _) in drawn.items()}, config, entries[0], judge, ranks)
+    for row, (samples, passes, seconds) in drawn.items():
+        numbers[row] |= {'nfe': passes, 'tokens_per_s': samples.size / seconds}
+    return numbers
+
+
+def reference_quality(config, entry, judge, ranks=ALONE):
+    """{row: {name: number}} of real text, n-gram models and shuffled spans, which samples are to be compared with."""
+    folder, meta = data_of(config, entry)
+    train, rng = training_text(folder, meta), np.random.default_rng(derive_seed(config.seed, Stream.REFERENCE_ROWS))
     n, T = config.num_samples, config.length
-    rows = {'real text': rest} | {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
-    return rows | {'shuffled spans': ngrams.shuffled_spans(train, n, T, rng)}
+    rows = {'real text': held_out_halves(folder, meta, config)[1]}
+    rows |= {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
+    return describe(rows | {'shuffled spans': ngrams.shuffled_spans(train, n, T, rng)}, config, entry, judge, ranks)
+
+
+def describe(rows, config, entry, judge, ranks):
+    """{row: {name: number}} of samples, judged beside held-out text; the rows are dealt to the ranks."""
+    judged = quality.Judged(judge.model, held_out_halves(*data_of(config, entry), config)[0])
+    mine = {row: quality.describe(rows[row], judged, config.seed) for row in list(rows)[ranks.rank::ranks.world_size]}
+    all_ranks = {row: numbers for rank in ranks.gather(mine) for row, numbers in rank.items()}
+    return {row: all_ranks[row] for row in rows}
 
 
 def training_text(folder, meta):
     return np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype'], count=NGRAM_TOKENS).astype(np.int64)
-
-
-def sample_quality(config, how, entries, judge, ranks):
-    """{row: {name: number}}: the honest rows, then each model, each way of drawing from it."""
-    folder, meta = data_of(config, entries[0])
-    rng = np.random.default_rng(derive_seed(config.seed, 8))
-    first_tokens, drawn = ngrams.real(training_text(folder, meta), config.num_samples, 1, rng)[:, 0], {}
-    for entry in entries:
-        for name, way in ways_to_draw(config, how, entry).items():
-            drawn[f'{entry.name} {name}'.strip()] = draw_samples(entry, config, way, first_tokens, ranks)
-    reference, rest = held_out_halves(folder, meta, config)
-    judged, found = quality.Judged(judge.model, reference), {}
-    rows = honest_rows(config, folder, meta, rest) | {row: samples for row, (samples, _, _) in drawn.items()}
-    for row in list(rows)[ranks.rank::ranks.world_size]:
-        found[row] = quality.describe(rows[row], judged, config.seed)
-    everyones = {row: its for found in ranks.gather(found) for row, its in found.items()}
-    for row, (samples, passes, seconds) in drawn.items():
-        everyones[row] |= {'nfe': passes, 'tokens_per_s': samples.size / seconds}
-    return {row: everyones[row] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,25 +288,28 @@ def show(title, rows, columns, console, hide=()):
 
 
 def load(config, out_dir, device):
-    state = checkpoint.open_run(out_dir, config.ckpt)
+    state = huggingface.open_run(out_dir, config.ckpt)
     if state['tokenizer'] is None:
         raise UserError(f'{out_dir}: its tokenizer is unknown here')
     facts = {key: state[key] for key in ('config', 'tokenizer', 'run_id', 'parents')}  # the rest is large
     facts['published_labels'] = (state.get('experiment') or {}).get('published')
-    return Entry(out_dir, facts, checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer']))
+    return Entry(out_dir, facts, load_model(state, device), tokenizer_from_meta(state['tokenizer']))
 
 
-def evaluate(config, how, ranks):
+def evaluate(config, draw_config, ranks):
     """{checkpoint: {name: number}} of likelihood, {row: {name: number}} of samples; printed by the first rank."""
     dtype = pick_dtype(config.dtype, ranks.device)
     entries = [load(config, out_dir, ranks.device) for out_dir in config.out_dir.split(',')]
     judge = load(config, config.judge, ranks.device) if config.judge else None
     if judge:
-        refuse_judge(config, judge, entries)
+        check_judge(config, judge, entries)
         for entry in entries:
-            ways_to_draw(config, how, entry)  # a mistake shows before the work
+            ways_to_draw(config, draw_config, entry)  # a mistake shows before the work
     found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
-    samples = sample_quality(config, how, entries, judge, ranks) if judge else {}
+    samples = {}
+    if judge:
+        samples = reference_quality(config, entries[0], judge, ranks)
+        samples |= sample_quality(config, draw_config, entries, judge, ranks)
     if ranks.first:
         tell(config, entries, found, samples)
     return found, samples
@@ -382,7 +341,7 @@ def tell(config, entries, found, samples):
             console.print(f'{entry.name} ({kind}) has no likelihood: its samples can be judged')
         elif kind == 'diffusion':
             console.print(f'{entry.name} ({kind}): accuracy, ECE, Brier and entropy are those of masked tokens')
-        elif not entry.model.causal:
+        elif not entry.model.config.causal:
             console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
     if samples:
         show(f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}', samples, QUALITY, console)
@@ -392,11 +351,11 @@ def tell(config, entries, found, samples):
 
 
 def draw_reliability(config, found):
-    bins = {name: (its['bins'], its['ece']) for name, its in found.items() if 'bins' in its}
+    bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in found.items() if 'bins' in numbers}
     if config.figure and not bins:
         print('no reliability to draw: none of these has a likelihood')
     elif config.figure:
-        from plot_results import figure, reliability
+        from nanodrift.report import figure, reliability
         try:
             figure(config.figure, 'Reliability', 'confidence', 'accuracy', lambda axes: reliability(axes, bins))
         except OSError as e:
@@ -404,12 +363,12 @@ def draw_reliability(config, found):
 
 
 def main(argv):
-    config, how, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
+    config, draw_config, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
     ranks = setup_ranks(config.device, config.backend, timeout=1800)
     try:
-        found, samples = evaluate(config, how, ranks)
+        found, samples = evaluate(config, draw_config, ranks)
         if ranks.first:
             print(json.dumps(finite({'likelihood': found, 'samples': samples})), flush=True)
             with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read

@@ -4,7 +4,7 @@ Text out of a masked diffusion checkpoint, by refinement: from nothing, after a 
     python generate_diffusion.py --out_dir=out-diffusion --max_steps=32 --max_new_tokens=64 --animate=True
     python generate_diffusion.py --start="Once upon a time" --strategy=ancestral --remask=flag
     python generate_diffusion.py --template="Once upon a time [MASK:12] the end." --html=refinement.html
-    python generate_diffusion.py --repair=story.txt       what the model doubts is written anew, shown as a coloured diff
+    python generate_diffusion.py --repair=story.txt       what the model flags is written anew, shown as a coloured diff
 """
 import itertools
 import os
@@ -16,14 +16,16 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-import checkpoint
-import watch
-from configurator import UserError, configure, option, run
-from data import derive_seed
-from machine import DTYPES, autocast, exact, pick_device, pick_dtype
-from refinement import RefineConfig, Step, refuse_undefined
+from model import load_model
+from nanodrift import player
+from nanodrift.checkpoint import FILES
+from nanodrift.data import derive_seed
+from nanodrift.huggingface import open_run
+from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
+from nanodrift.options import UserError, check_options, configure, option, run
+from nanodrift.refinement import RefineConfig, Step, check_defined
+from nanodrift.tokenizer import tokenizer_from_meta
 from sample import read_prompt
-from tokenizer import tokenizer_from_meta
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
 OPEN = re.compile(r'\[MASK:(\d+)\]|_{3,}')
@@ -33,13 +35,13 @@ OPEN = re.compile(r'\[MASK:(\d+)\]|_{3,}')
 class GenerateConfig:
     """What to generate, from what, and how it is shown; RefineConfig says how it is refined."""
     out_dir: str = option('out-diffusion', "folder of the run to sample from, or 'hf:NAME_OR_FOLDER' written by export.py")
-    ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
+    ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
     start: str = option('', 'the prompt, or FILE:path to read it from')
-    max_new_tokens: int = option(0, 'tokens to fill in after the prompt; 0 takes 100, or as many as fit')
+    max_new_tokens: int = option(0, 'tokens to fill in after the prompt; 0 takes 100, or as many as fit', at_least=0)
     template: str = option('', "text with gaps, or FILE:path: [MASK:12] is twelve tokens, ____ one for each underscore")
     repair: str = option('', 'a text file: tokens flagged with more than flag_threshold are rewritten, the others stay')
     to: str = option('', 'where --repair writes the repaired text; the differences are printed anyway')
-    num_samples: int = option(1, 'how many samples')
+    num_samples: int = option(1, 'how many samples', at_least=1)
     ignore_eot: bool = option(False, 'print what follows end-of-text too')
     animate: bool = option(False, 'play the refinement of the first sample in the terminal')
     html: str = option('', 'write a page that plays the refinement of the first sample, all in one file')
@@ -48,9 +50,7 @@ class GenerateConfig:
     dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 
     def __post_init__(self):
-        for name, least in {'max_new_tokens': 0, 'num_samples': 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
+        check_options(self)
         given = [name for name in ('start', 'template', 'repair') if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f'{" and ".join(given)} contradict each other: give one of them')
@@ -102,12 +102,12 @@ def first_canvas(config, tokenizer, model_config):
 # ---------------------------------------------------------------------------------------------------------------------
 # generating
 
-def refine_batch(model, canvas, count, how, seed):
+def refine_batch(model, canvas, count, refine_config, seed):
     """Refines `count` copies of a canvas (T,); yields Steps, the first of them before anything is done."""
     idx = canvas.to(model.device).repeat(count, 1)
     nothing = torch.zeros(idx.shape, dtype=torch.float64)
     yield Step(idx, nothing, nothing.bool(), torch.zeros(count, dtype=torch.long))
-    yield from model.refine(idx, how, seed)
+    yield from model.refine(idx, refine_config, seed)
 
 
 class Tally:
@@ -116,77 +116,78 @@ class Tally:
     def __init__(self):
         self.tokens, self.passes, self.seconds = 0, [], 0.0
 
-    def refine(self, model, canvas, count, how, seed):
+    def refine(self, model, canvas, count, refine_config, seed):
         """-> the Steps of `refine_batch`: the last one, all of them reduced to the first row, how many each committed."""
-        started, mask, film, open_before, committed = time.perf_counter(), model.config.vocab_size, [], None, []
-        for step in refine_batch(model, canvas, count, how, seed):
+        started, mask, recorded, open_before, committed = time.perf_counter(), model.config.vocab_size, [], None, []
+        for step in refine_batch(model, canvas, count, refine_config, seed):
             open_now = int((step.ids == mask).sum())
             if open_before is not None:
                 committed.append(open_before - open_now)
             open_before = open_now
-            film.append(Step(step.ids[:1].cpu(), step.confidence[:1].cpu(), step.revised[:1].cpu(), step.passes[:1].cpu()))
+            first_row = (value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes))
+            recorded.append(Step(*first_row))
         self.seconds += time.perf_counter() - started
         self.tokens += count * int((canvas == mask).sum())
         self.passes += step.passes.tolist()
-        return step, film, committed
+        return step, recorded, committed
 
 
-def generate(model, tokenizer, canvas, config, how, console):
+def generate(model, tokenizer, canvas, config, refine_config, console):
     """Prints all samples of a canvas (T,); returns the Tally."""
     tally, totals = Tally(), []
     given = 0 if config.template else int((canvas != model.config.vocab_size).sum())
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, config.num_samples - first)
-        last, film, committed = tally.refine(model, canvas, count, how, derive_seed(config.seed, first))
+        last, recorded, committed = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first))
         totals = [sum(pair) for pair in itertools.zip_longest(totals, committed, fillvalue=0)]
         if first == 0 and (config.animate or config.html):
-            show(watch.Film.of(film, tokenizer, model.config.vocab_size), config, console)
+            show(player.Recording.of(recorded, tokenizer, model.config.vocab_size), config, console)
         for row in last.ids.tolist():
             if not config.ignore_eot and not config.template and tokenizer.eot in row[given:]:
                 row = row[:given + row[given:].index(tokenizer.eot)]
             print(tokenizer.decode(row), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
-    if how.strategy == 'naive':
+    if refine_config.strategy == 'naive':
         print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
     return tally
 
 
-def show(film, config, console):
+def show(recording, config, console):
     if config.animate:
-        watch.play(film, console)
+        player.play(recording, console)
     if config.html:
-        watch.write_page(film, config.html)
+        player.write_page(recording, config.html)
 
 
 @torch.inference_mode()
-def doubted(model, ids, threshold):
-    """Which of the token ids (T,) the model answers with [MASK], block by block -> (T,) bool."""
-    found = []
+def flagged_tokens(model, ids, threshold):
+    """For which of the token ids (T,) the model predicts [MASK], block by block -> (T,) bool."""
+    chunks = []
     for block in ids.split(model.config.block_size):
         x = model.trunk(block[None].to(model.device))[0]
         with exact(x.device):
-            found.append((model.head(x.float()).double().softmax(-1)[:, -1] > threshold).cpu())
-    return torch.cat(found)
+            chunks.append((model.head(x.float()).double().softmax(-1)[:, -1] > threshold).cpu())
+    return torch.cat(chunks)
 
 
-def repair(model, tokenizer, config, how, console):
-    """Rewrites what the model doubts in a text, block by block; prints the differences. Returns the Tally."""
+def repair(model, tokenizer, config, refine_config, console):
+    """Rewrites what the model flags in a text, block by block; prints the differences. Returns the Tally."""
     if model.config.diffusion_objective != 'repair':
         raise UserError('only a model of --diffusion_objective=repair flags wrong tokens')
     text = read_prompt(f'FILE:{config.repair.removeprefix("FILE:")}')
-    ids, mask, tally, parts = torch.tensor(tokenizer.encode(text)), model.config.vocab_size, Tally(), []
+    ids, mask, tally, repaired = torch.tensor(tokenizer.encode(text)), model.config.vocab_size, Tally(), []
     if not len(ids):
         raise UserError(f'{config.repair} is empty')
     started = time.perf_counter()
-    wrong = doubted(model, ids, how.flag_threshold)
+    flagged = flagged_tokens(model, ids, refine_config.flag_threshold)
     tally.seconds += time.perf_counter() - started
-    for number, block in enumerate(ids.masked_fill(wrong, mask).split(model.config.block_size)):
-        last, _, _ = tally.refine(model, block, 1, how, derive_seed(config.seed, number))
-        parts += last.ids[0].tolist()
-    tally.passes = [1 + passes for passes in tally.passes]  # the one that doubted
+    for number, block in enumerate(ids.masked_fill(flagged, mask).split(model.config.block_size)):
+        last, _, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number))
+        repaired += last.ids[0].tolist()
+    tally.passes = [1 + passes for passes in tally.passes]  # the one that flagged
     if config.to:
-        write(config.to, tokenizer.decode_bytes(parts))
-    found = watch.diff(tokenizer, ids.tolist(), parts, wrong.tolist(), console.is_terminal)
-    sys.stdout.write(found + '\n' * (not found.endswith('\n')))
+        write(config.to, tokenizer.decode_bytes(repaired))
+    differences = player.diff(tokenizer, ids.tolist(), repaired, flagged.tolist(), console.is_terminal)
+    sys.stdout.write(differences + '\n' * (not differences.endswith('\n')))
     return tally
 
 
@@ -199,21 +200,21 @@ def write(path, data):
 
 
 def main(argv):
-    config, how, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
-    if how.flag_threshold != RefineConfig.flag_threshold and how.remask != 'flag' and not config.repair:
-        raise UserError(f'flag_threshold={how.flag_threshold} is for --remask=flag and --repair')
+    config, refine_config, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
+    if refine_config.flag_threshold != RefineConfig.flag_threshold and refine_config.remask != 'flag' and not config.repair:
+        raise UserError(f'flag_threshold={refine_config.flag_threshold} is for --remask=flag and --repair')
     device = pick_device(config.device, float64=True)
     dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
-    state = checkpoint.open_run(config.out_dir, config.ckpt)
-    model, tokenizer = checkpoint.load_model(state, device), tokenizer_from_meta(state['tokenizer'])
-    refuse_undefined(how, model)
+    state = open_run(config.out_dir, config.ckpt)
+    model, tokenizer = load_model(state, device), tokenizer_from_meta(state['tokenizer'])
+    check_defined(refine_config, model)
     sys.stdout.reconfigure(encoding='utf-8', newline='')  # whatever the locale, and line ends as they are
     console = Console()
     with autocast(device, dtype):
         if config.repair:
-            tally = repair(model, tokenizer, config, how, console)
+            tally = repair(model, tokenizer, config, refine_config, console)
         else:
-            tally = generate(model, tokenizer, first_canvas(config, tokenizer, model.config), config, how, console)
+            tally = generate(model, tokenizer, first_canvas(config, tokenizer, model.config), config, refine_config, console)
     mean, speed = sum(tally.passes) / len(tally.passes), tally.tokens / max(tally.seconds, 1e-9)
     print(f'{mean:.1f} forward passes (NFE) for each of {len(tally.passes)}, {tally.tokens} tokens in {tally.seconds:.2f} '
           f's, {speed:,.1f} tokens/s', file=sys.stderr)

@@ -32,10 +32,11 @@ from functools import partial
 
 import numpy as np
 
-import corpus
-from configurator import UserError, configure, one_of, option, run
-from corpus import DATASETS, make_source, split_stream
-from tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec, write_atomically
+from nanodrift import corpus
+from nanodrift.corpus import make_source, split_stream
+from nanodrift.data import DATASETS
+from nanodrift.options import UserError, configure, one_of, option, run
+from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec, write_atomically
 
 BPE_SAMPLE = 20_000_000     # the characters, from the start of the training text, that a bpe tokenizer learns from
 
@@ -191,35 +192,6 @@ def publish(temporary, folder):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def prepare_command(name):
-    """The command that makes the data set `name`."""
-    known = re.fullmatch(rf"({'|'.join(DATASETS)})(?:_(byte|char|bpe(?=\d))(\d*))?", name)
-    if not known:
-        return f'python prepare.py --input=PATH --name={name}'
-    dataset, tokenizer, size = known.groups()
-    return f'python prepare.py {dataset}' + (f' --tokenizer={tokenizer}{":" * bool(size)}{size}' if tokenizer else '')
-
-
-def load_meta(folder):
-    """The meta.json of a data set, as a dict. Raises UserError, with the command that makes it, where the data set is
-    missing or incomplete."""
-    data_dir, name = os.path.split(os.path.abspath(folder))
-    try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
-        complete = all(os.path.getsize(os.path.join(folder, f'{split}.bin')) ==
-                       counts['tokens'] * np.dtype(meta['dtype']).itemsize for split, counts in meta['splits'].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        there = sorted(os.path.basename(os.path.dirname(path)) for path in
-                       glob.glob(os.path.join(glob.escape(data_dir), '[!.]*', 'meta.json')))
-        state = 'is incomplete' if os.path.isdir(folder) else 'does not exist'
-        raise UserError(f'the data set {folder} {state}: run `{prepare_command(name)}` first; '
-                        f'prepared so far: {", ".join(there) or "none"}')
-    return meta
 
 
 def versions(*packages):

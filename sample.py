@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-from configurator import UserError, build, option, read_values, run
-from data import derive_seed
-from machine import DTYPES, autocast, pick_device, pick_dtype
-from tokenizer import tokenizer_from_meta
+from model import load_model
+from nanodrift.checkpoint import FILES
+from nanodrift.data import derive_seed
+from nanodrift.huggingface import open_run
+from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
+from nanodrift.options import UserError, build, check_options, option, read_values, run
+from nanodrift.tokenizer import tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 64
 ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for drifting
@@ -28,26 +30,23 @@ ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for 
 class SampleConfig:
     """What to sample, from what, and how."""
     out_dir: str = option('out', 'folder of the run to sample from')
-    ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
+    ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
     init_from: str = option('resume', "'resume' reads out_dir; 'hf:NAME_OR_FOLDER' reads GPT-2 weights instead")
     start: str = option('\n', 'the prompt, or FILE:path to read it from; empty is the start of a new document')
-    num_samples: int = option(10, 'how many samples; a single one is streamed')
-    max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner')
-    temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the likeliest; drifting: 1 takes the '
-                                'nearest token, others draw by cosines / temperature')
-    top_k: int = option(200, 'draw from the k likeliest tokens; 0 from all')
-    top_p: float = option(1.0, 'draw from the fewest likeliest tokens that have this much probability together')
+    num_samples: int = option(10, 'how many samples; a single one is streamed', at_least=1)
+    max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner', at_least=1)
+    temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the argmax; drifting: 1 takes the '
+                                'nearest token, others draw by cosines / temperature', at_least=0)
+    top_k: int = option(200, 'draw from the k most likely tokens; 0 from all', at_least=0)
+    top_p: float = option(1.0, 'draw from the fewest most likely tokens that have this much probability together', above=0,
+                          at_most=1)
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 
     def __post_init__(self):
-        for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f'{name}={getattr(self, name)} must be at least {least}')
-        if not 0 < self.top_p <= 1:
-            raise UserError(f'top_p={self.top_p} must be above 0 and at most 1')
+        check_options(self)
 
 
 def load(config, device):
@@ -55,11 +54,11 @@ def load(config, device):
     if config.init_from != 'resume' and not config.init_from.startswith('hf:'):
         raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
     name = config.out_dir if config.init_from == 'resume' else config.init_from
-    state = checkpoint.open_run(name, config.ckpt)
+    state = open_run(name, config.ckpt)
     if state['tokenizer'] is None:
         raise UserError(f"{name} has a vocabulary of {state['model_args']['vocab_size']}, GPT-2's tokenizer another: only "
                         'models that kept it can be sampled')
-    model = checkpoint.load_model(state, device)
+    model = load_model(state, device)
     if model.config.model_type == 'diffusion':
         raise UserError(f'{name} is a diffusion model, which is not sampled from left to right: use '
                         f'generate_diffusion.py --out_dir={name}')
@@ -118,7 +117,7 @@ def print_samples(text, tokenizer, model, prompt, config):
     return tokens
 
 
-def refuse_idle(values):
+def check_idle(values):
     """Raises UserError for an option that one-step generation has no use for."""
     for name in ('top_k', 'top_p', 'ignore_eot'):
         if name in values:
@@ -152,7 +151,7 @@ def main(argv):
     model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     if model.config.model_type == 'drifting':
-        refuse_idle(values)
+        check_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)
     text = read_prompt(config.start)
     prompt = tokenizer.encode(text)

@@ -6,6 +6,8 @@ Trains any model type on any prepared data set: a laptop's CPU, one GPU, or many
 
 A run writes to out_dir: config.json, metrics.jsonl, ckpt.pt (the last state) and ckpt_best.pt (the best so far).
 `--init_from=resume --out_dir=DIR` goes on where a run stopped, with its settings, bit for bit on a CPU.
+
+Below: the options, the loop, then what the loop needs.
 """
 import math
 import os
@@ -13,7 +15,7 @@ import signal
 import time
 import uuid
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -21,14 +23,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from configurator import UserError, build, option, read_values, run
-from data import ORDERS, Windows, derive_seed
-from machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
-from model import GPT, GPTConfig
-from objectives import over_windows
-from prepare import load_meta
-from runlog import RunLog
+from model import GPT, GPTConfig, load_encoder
+from nanodrift import checkpoint, huggingface
+from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
+from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
+from nanodrift.metrics import over_windows
+from nanodrift.options import UserError, build, check_options, from_stored, option, read_values, run
+from nanodrift.runlog import RunLog
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 
@@ -41,121 +42,56 @@ class TrainConfig:
     data_dir: str = option('data', 'where the data sets are')
     init_from: str = option('scratch', "'scratch', 'resume', the folder of another run, or 'hf:NAME_OR_FOLDER'")
     # evaluation and log
-    eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each')
-    eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes all of validation')
-    keep_every: int = option(0, 'iterations between checkpoints that are kept, as ckpt_000500.pt; 0 keeps none')
+    eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each', at_least=1)
+    eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes all of validation',
+                             at_least=0)
+    keep_every: int = option(0, 'iterations between checkpoints that are kept, as ckpt_000500.pt; 0 keeps none', at_least=0)
     eval_only: bool = option(False, 'evaluate once, print, and stop')
-    log_interval: int = option(10, 'iterations between lines of the log')
+    log_interval: int = option(10, 'iterations between lines of the log', at_least=1)
     # data
-    batch_size: int = option(12, 'examples per micro-batch, on each rank')
-    gradient_accumulation_steps: int = option(1, 'micro-batches per iteration, over all ranks together')
+    batch_size: int = option(12, 'examples per micro-batch, on each rank', at_least=1)
+    gradient_accumulation_steps: int = option(1, 'micro-batches per iteration, over all ranks together', at_least=1)
     data_order: str = option('epoch', "'epoch': every block once per epoch; 'random': random windows", ORDERS)
-    stride: int = option(0, 'tokens from one block to the next; 0 means block_size, less gives overlapping blocks')
-    max_tokens: int = option(0, 'use so many tokens of the training text, and a tenth for validation; 0 uses all')
-    seed: int = option(1337, 'of initialisation, dropout and data order')
+    stride: int = option(0, 'tokens from one block to the next; 0 means block_size, less gives overlapping blocks',
+                         at_least=0)
+    max_tokens: int = option(0, 'use so many tokens of the training text, and a tenth for validation; 0 uses all',
+                             at_least=0)
+    seed: int = option(1337, 'of initialisation, dropout and data order', at_least=0, below=2 ** 63)
     # optimizer
-    max_iters: int = option(5000, 'iterations of training')
-    num_epochs: float = option(0.0, 'epochs of training; if above 0 it takes the place of max_iters')
-    learning_rate: float = option(6e-4, 'highest learning rate')
-    weight_decay: float = option(0.1, 'AdamW weight decay, of matrices and tables only')
-    beta1: float = option(0.9, 'AdamW beta1')
-    beta2: float = option(0.95, 'AdamW beta2')
-    grad_clip: float = option(1.0, 'gradient norm to clip at; 0 does not clip')
-    ema: float = option(0.0, 'decay of a moving average of the weights, which is evaluated and sampled; 0 has none')
+    max_iters: int = option(5000, 'iterations of training', at_least=1)
+    num_epochs: float = option(0.0, 'epochs of training; if above 0 it takes the place of max_iters', at_least=0)
+    learning_rate: float = option(6e-4, 'highest learning rate', at_least=0)
+    weight_decay: float = option(0.1, 'AdamW weight decay, of matrices and embeddings only', at_least=0)
+    beta1: float = option(0.9, 'AdamW beta1', at_least=0, below=1)
+    beta2: float = option(0.95, 'AdamW beta2', at_least=0, below=1)
+    grad_clip: float = option(1.0, 'gradient norm to clip at; 0 does not clip', at_least=0)
+    ema: float = option(0.0, 'decay of a moving average of the weights, which is evaluated and sampled; 0 has none',
+                        at_least=0, below=1)
     # learning rate schedule
     decay_lr: bool = option(True, 'False keeps learning_rate throughout, without warmup')
     lr_schedule: str = option('cosine', 'how the rate falls after warmup', SCHEDULES)
-    warmup_iters: int = option(0, 'iterations of linear warmup')
-    warmup_ratio: float = option(0.0, 'warmup as a share of all iterations, in place of warmup_iters')
-    warmup_epochs: float = option(0.0, 'warmup in epochs, in place of warmup_iters')
-    lr_decay_iters: int = option(0, 'iteration at which min_lr is reached; 0 means the last one')
-    min_lr: float = option(0.0, 'lowest learning rate')
+    warmup_iters: int = option(0, 'iterations of linear warmup', at_least=0)
+    warmup_ratio: float = option(0.0, 'warmup as a share of all iterations, in place of warmup_iters', at_least=0, below=1)
+    warmup_epochs: float = option(0.0, 'warmup in epochs, in place of warmup_iters', at_least=0)
+    lr_decay_iters: int = option(0, 'iteration at which min_lr is reached; 0 means the last one', at_least=0)
+    min_lr: float = option(0.0, 'lowest learning rate', at_least=0)
     # machine
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
     gradient_checkpointing: bool = option(False, 'recompute activations in the backward pass: less memory, slower')
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
-    ddp_timeout: int = option(1800, 'seconds that ranks wait for each other before they give up')
+    ddp_timeout: int = option(1800, 'seconds that ranks wait for each other before they give up', at_least=1)
     # wandb
     wandb_log: bool = option(False, 'log to Weights & Biases as well')
     wandb_project: str = option('nanodrift', 'wandb project')
     wandb_run_name: str = option('', 'wandb run name; empty is the name of out_dir')
 
     def __post_init__(self):
-        at_least = dict(eval_interval=1, eval_iters=0, keep_every=0, log_interval=1, batch_size=1,
-                        gradient_accumulation_steps=1, stride=0, max_tokens=0, max_iters=1, num_epochs=0, learning_rate=0,
-                        weight_decay=0, grad_clip=0, min_lr=0, warmup_iters=0, warmup_ratio=0, warmup_epochs=0,
-                        lr_decay_iters=0, ddp_timeout=1)
-        for name, least in at_least.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise UserError(f'{name}={getattr(self, name)} must be at least {least}, and finite')
-        for name in ('beta1', 'beta2', 'warmup_ratio', 'ema'):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)} must be at least 0 and below 1')
-        if not 0 <= self.seed < 2 ** 63:
-            raise UserError(f'seed={self.seed} must be at least 0 and below 2 ** 63')
+        check_options(self)
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
         if len(warmups) > 1:
             raise UserError(f'{" and ".join(warmups)} contradict each other: set one, and the others to 0')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
-
-class Schedule:
-    """How many iterations a run has, and the learning rate of each."""
-
-    def __init__(self, config, iters_per_epoch):
-        self.config = config
-        self.max_iters = math.ceil(config.num_epochs * iters_per_epoch) if config.num_epochs else config.max_iters
-        self.warmup = config.warmup_iters or round(config.warmup_ratio * self.max_iters) or \
-            round(config.warmup_epochs * iters_per_epoch)
-        self.end = config.lr_decay_iters or self.max_iters
-        if config.decay_lr and self.warmup > self.end:
-            raise UserError(f'warmup of {self.warmup} iterations is longer than the schedule of {self.end}')
-
-    def lr(self, iter_num):
-        """Learning rate of the update that follows `iter_num` updates."""
-        c = self.config
-        if not c.decay_lr:
-            return c.learning_rate
-        if iter_num < self.warmup:
-            return c.learning_rate * (iter_num + 1) / (self.warmup + 1)
-        if c.lr_schedule == 'constant':
-            return c.learning_rate
-        done = min(1.0, (iter_num - self.warmup) / max(1, self.end - self.warmup))
-        left = 1 - done if c.lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
-        return c.min_lr + left * (c.learning_rate - c.min_lr)
-
-
-class Average:
-    """An exponential moving average of a model's parameters; inside `with average:` the model has them for its own."""
-
-    def __init__(self, model, decay):
-        self.model, self.decay = model, decay
-        self.parameters = list(model.parameters())
-        self.values = [p.detach().clone() for p in self.parameters]
-
-    def update(self, iter_num):
-        """After each iteration; the first ones count for less, so that the initial weights are soon forgotten."""
-        decay = min(self.decay, (1 + iter_num) / (10 + iter_num))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
-
-    def state(self):
-        """The model's state dict, as it is with the averages."""
-        with self:
-            return self.model.state_dict()
-
-    def load(self, state):
-        with self:
-            self.model.load_state_dict(state)
-
-    def _swap(self, *_):
-        for i, p in enumerate(self.parameters):
-            self.values[i], p.data = p.data, self.values[i]
-
-    __enter__ = __exit__ = _swap
 
 
 class Trainer:
@@ -186,7 +122,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.decay_groups(config.weight_decay), lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), fused=ranks.device.type != 'mps')
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == 'float16')
-        self.average = Average(self.model, config.ema) if config.ema else None
+        self.ema = EMA(self.model, config.ema) if config.ema else None
         if resumed is not None:
             self._restore(resumed)
         self.network = self._wrap(self.model)
@@ -194,6 +130,145 @@ class Trainer:
         self.stop_signal = None
         if resumed is not None:
             resumed.clear()  # its tensors are copied or in use: what is left of them need not stay in memory
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def train(self):
+        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        while True:
+            if self._evaluation_due():
+                self._checkpoint_and_evaluate()
+            elif self._keeps() and self.saved_iter != self.iter_num:
+                self.save('last')
+            if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
+                break
+            self._step()
+        if self.saved_iter != self.iter_num and not self.config.eval_only:
+            self.save('last')
+        if self.log:
+            self.log.close()
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    def _step(self):
+        """One iteration: forward and backward over its micro-batches, clip, update."""
+        c, ranks = self.config, self.ranks
+        started = time.perf_counter()
+        lr = self.schedule.lr(self.iter_num)
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        here = c.gradient_accumulation_steps // ranks.world_size
+        first = self.iter_num * c.gradient_accumulation_steps + ranks.rank * here
+        total = torch.zeros((), device=ranks.device)
+        batches = (self._batch(first + i) for i in range(here))
+        if self.objective.compute_targets:
+            rng = torch.Generator().manual_seed(derive_seed(c.seed, Stream.DRIFT_TARGETS, self.iter_num))
+            with autocast(ranks.device, self.dtype):
+                batches = self.objective.compute_targets(self.model, list(batches), ranks, rng)
+        for i, batch in enumerate(batches):
+            last = i == here - 1
+            with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
+                with autocast(ranks.device, self.dtype):
+                    _, loss = self.network(*batch, return_logits=False)
+                self.scaler.scale(loss / here).backward()  # DDP takes the mean over ranks
+            total += loss.detach() / here
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        total = float(ranks.sum(total)) / ranks.world_size
+        self._check_finite(total, float(norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iter_num += 1
+        if self.ema:
+            self.ema.update(self.iter_num)
+        if self.log:
+            self.log.step(total, lr, float(norm), time.perf_counter() - started)
+
+    def _batch(self, micro):
+        """The micro-batch with this number among all of all ranks and iterations."""
+        B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
+        windows = self.windows['train']
+        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, micro))
+        numbers = range(micro * B, (micro + 1) * B)
+        if self.objective.examples:
+            numbers = self.objective.examples(numbers, (micro - micro % steps) * B, rng)
+        tokens = windows.read(windows.offsets(numbers))
+        return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
+
+    def _to_device(self, tensors):
+        device = self.ranks.device
+        if device.type == 'cuda':
+            return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        return [t if t is None else t.to(device) for t in tensors]
+
+    def _check_finite(self, loss, norm):
+        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient now and then is
+        ordinary: the scaler skips the update and halves its scale, but not for ever."""
+        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
+        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+            return
+        raise SystemExit(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
+                         f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
+
+    def _checkpoint_and_evaluate(self):
+        """Saves before evaluating, so that nothing is lost should evaluation fail, and again if it was the best yet."""
+        keep = self.iter_num > 0 and not self.config.eval_only
+        if keep:
+            self.save('last')
+        train, val = self.evaluate('train'), self.evaluate('val')
+        metric = self.objective.val_metric
+        if self.log:
+            others = {f'val_{name}': value for name, value in val.items() if name != metric}
+            self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
+        if not math.isfinite(val[metric]):
+            if self.ranks.first and keep:
+                checkpoint.fall_back(self.config.out_dir)
+            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: stopped; '
+                             'the last checkpoint is the best one again; try a lower --learning_rate')
+        self.evaluated_iter = self.iter_num
+        if keep and val[metric] < self.best_val_loss:
+            self.best_val_loss = val[metric]
+            self.save('best', 'last')
+
+    def evaluate(self, split):
+        """{name: value} of the objective's metrics over fixed windows of a split."""
+        c, windows, objective = self.config, self.windows[split], self.objective
+        offsets = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
+        self.model.eval()
+        with self.ema or nullcontext():
+            metrics = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
+                                   partial(objective.metrics, self.model), self.ranks, self.dtype)
+        self.model.train()
+        return objective.summary(metrics)
+
+    def _evaluation_due(self):
+        if self.config.eval_only:
+            return True
+        at_interval = self.iter_num % self.config.eval_interval == 0 or self.iter_num >= self.schedule.max_iters
+        return at_interval and self.evaluated_iter != self.iter_num
+
+    def _keeps(self):
+        return self.config.keep_every and self.iter_num and self.iter_num % self.config.keep_every == 0
+
+    def _on_signal(self, number, frame):
+        self.stop_signal = number
+        if self.ranks.world_size == 1:  # torchrun may pass on what the rank had already, and kills in the end anyway
+            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+    def _stopping(self):
+        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
+        agreed = self.stop_signal or 0
+        if self.ranks.world_size > 1:
+            flag = torch.tensor(agreed, device=self.ranks.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            agreed = int(flag)
+        if agreed:
+            self.stop_signal = agreed  # only now: one that came in the meantime waits for the next iteration
+            self.say(f'stopped by {signal.Signals(agreed).name} after iteration {self.iter_num}; go on with '
+                     f'{self.resume_with()}')
+        return bool(agreed)
 
     # -- building -------------------------------------------------------------------------------------------------------
 
@@ -209,29 +284,30 @@ class Trainer:
         c = self.config
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
-            refuse_changes(resumed, model_config, self.meta)
+            check_same_model(resumed, model_config, self.meta)
         source = None
         if c.init_from not in ('scratch', 'resume'):
             source = self._source_of_weights(model_config)
-            asked, model_config = model_config, checkpoint.fitted(model_config, source['model_args'])
+            asked, model_config = model_config, fitted(model_config, source['model_args'])
             changed = [f'{k}={v}' for k, v in asdict(model_config).items() if getattr(asked, k) != v]
             self.say(f'taken from {c.init_from}: {", ".join(changed) or "nothing but weights"}')
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
-            model = GPT(model_config)
+            model = GPT(model_config, load_encoder(model_config.encoder) if model_config.has_encoder else None)
         if source is not None:
             fresh = checkpoint.start_from(model, source.get('ema') or source['model'], known_ids(source))
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         if model.encoder is not None:
             if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
                 raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
-            refuse_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
+            check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
             if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
-                checkpoint.refuse_encoder(model, source)
-            its = [model.encoder.source['run_id'], *model.encoder.source['parents']]
-            self.parents = [*self.parents, *(name for name in its if name not in self.parents)]
-        for part in filter(None, (model, model.encoder)):
-            part.gradient_checkpointing = c.gradient_checkpointing
+                checkpoint.check_encoder(model, source)
+            ancestors = [model.encoder.source['run_id'], *model.encoder.source['parents']]
+            self.parents = [*self.parents, *(name for name in ancestors if name not in self.parents)]
+        if c.gradient_checkpointing:
+            for network in filter(None, (model, model.encoder)):
+                network.recompute_blocks()
         return model.to(self.ranks.device)
 
     def _source_of_weights(self, model_config):
@@ -240,15 +316,15 @@ class Trainer:
         if not c.init_from.startswith('hf:') and not os.path.isdir(c.init_from):
             raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
                             "'hf:NAME_OR_FOLDER' (hf:gpt2, say)")
-        source = checkpoint.open_run(c.init_from)
+        source = huggingface.open_run(c.init_from)
         if source['tokenizer']:
-            refuse_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
-        kind = checkpoint.PUBLISHED_TYPES.get(source.get('foreign'), model_config.model_type)
+            check_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
+        kind = huggingface.PUBLISHED_TYPES.get(source.get('foreign'), model_config.model_type)
         if kind != model_config.model_type:
             raise UserError(f"{c.init_from} holds {source['foreign']} weights: --model_type={kind}, with their options")
         self.parents = [source['run_id'], *source['parents']]
         rows, known = known_ids(source), self.meta['vocab_size']
-        if rows not in (known, known + model_config.textless_ids):
+        if rows not in (known, known + model_config.mask_tokens):
             raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '
                             'the tokenizer of the weights')
         return source
@@ -266,7 +342,7 @@ class Trainer:
     def state(self, random_states):
         """Everything that resuming needs, as tensors and plain values."""
         return {
-            'model': self.model.state_dict(), 'ema': self.average.state() if self.average else {},
+            'model': self.model.state_dict(), 'ema': self.ema.state() if self.ema else {},
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
@@ -286,10 +362,10 @@ class Trainer:
 
     def _restore(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
-        checkpoint.refuse_encoder(self.model, state)
+        checkpoint.check_encoder(self.model, state)
         checkpoint.load_weights(self.model, state['model'])
-        if self.average:
-            self.average.load(state.get('ema') or state['model'])
+        if self.ema:
+            self.ema.load(state.get('ema') or state['model'])
         settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
         for group, now in zip(self.optimizer.param_groups, settings):
@@ -322,158 +398,84 @@ class Trainer:
                 checkpoint.keep(self.config.out_dir, self.iter_num)
         self.saved_iter = self.iter_num
 
-    # -- the loop -------------------------------------------------------------------------------------------------------
-
-    def train(self):
-        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-        while True:
-            if self._evaluation_due():
-                self._checkpoint_and_evaluate()
-            elif self._keeps() and self.saved_iter != self.iter_num:
-                self.save('last')
-            if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
-                break
-            self._step()
-        if self.saved_iter != self.iter_num and not self.config.eval_only:
-            self.save('last')
-        if self.log:
-            self.log.close()
-        return 0 if self.stop_signal is None else 128 + self.stop_signal
-
-    def _evaluation_due(self):
-        if self.config.eval_only:
-            return True
-        at_interval = self.iter_num % self.config.eval_interval == 0 or self.iter_num >= self.schedule.max_iters
-        return at_interval and self.evaluated_iter != self.iter_num
-
-    def _keeps(self):
-        return self.config.keep_every and self.iter_num and self.iter_num % self.config.keep_every == 0
-
-    def _on_signal(self, number, frame):
-        self.stop_signal = number
-        if self.ranks.world_size == 1:  # torchrun may pass on what the rank had already, and kills in the end anyway
-            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-    def _stopping(self):
-        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
-        agreed = self.stop_signal or 0
-        if self.ranks.world_size > 1:
-            flag = torch.tensor(agreed, device=self.ranks.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            agreed = int(flag)
-        if agreed:
-            self.stop_signal = agreed  # only now: one that came in the meantime waits for the next iteration
-            self.say(f'stopped by {signal.Signals(agreed).name} after iteration {self.iter_num}; go on with '
-                     f'{self.resume_with()}')
-        return bool(agreed)
-
-    def _checkpoint_and_evaluate(self):
-        """Saves before evaluating, so that nothing is lost should evaluation fail, and again if it was the best yet."""
-        keep = self.iter_num > 0 and not self.config.eval_only
-        if keep:
-            self.save('last')
-        train, val = self.evaluate('train'), self.evaluate('val')
-        metric = self.objective.val_metric
-        if self.log:
-            others = {f'val_{name}': value for name, value in val.items() if name != metric}
-            self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
-        if not math.isfinite(val[metric]):
-            if self.ranks.first and keep:
-                checkpoint.fall_back(self.config.out_dir)
-            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: stopped; '
-                             'the last checkpoint is the best one again; try a lower --learning_rate')
-        self.evaluated_iter = self.iter_num
-        if keep and val[metric] < self.best_val_loss:
-            self.best_val_loss = val[metric]
-            self.save('best', 'last')
-
-    def _batch(self, micro):
-        """The micro-batch with this number among all of all ranks and iterations."""
-        B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
-        windows = self.windows['train']
-        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, micro))
-        numbers = range(micro * B, (micro + 1) * B)
-        if self.objective.numbers:
-            numbers = self.objective.numbers(numbers, (micro - micro % steps) * B, rng)
-        tokens = windows.read(windows.offsets(numbers))
-        return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
-
-    def _to_device(self, tensors):
-        device = self.ranks.device
-        if device.type == 'cuda':
-            return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
-        return [t if t is None else t.to(device) for t in tensors]
-
-    def _step(self):
-        """One iteration: forward and backward over its micro-batches, clip, update."""
-        c, ranks = self.config, self.ranks
-        started = time.perf_counter()
-        lr = self.schedule.lr(self.iter_num)
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        here = c.gradient_accumulation_steps // ranks.world_size
-        first = self.iter_num * c.gradient_accumulation_steps + ranks.rank * here
-        total = torch.zeros((), device=ranks.device)
-        batches = (self._batch(first + i) for i in range(here))
-        if self.objective.couple:
-            rng = torch.Generator().manual_seed(derive_seed(c.seed, 9, self.iter_num))
-            with autocast(ranks.device, self.dtype):
-                batches = self.objective.couple(self.model, list(batches), ranks, rng)
-        for i, batch in enumerate(batches):
-            last = i == here - 1
-            with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
-                with autocast(ranks.device, self.dtype):
-                    _, loss = self.network(*batch, return_logits=False)
-                self.scaler.scale(loss / here).backward()  # DDP takes the mean over ranks
-            total += loss.detach() / here
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
-        total = float(ranks.sum(total)) / ranks.world_size
-        self._check_finite(total, float(norm))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.iter_num += 1
-        if self.average:
-            self.average.update(self.iter_num)
-        if self.log:
-            self.log.step(total, lr, float(norm), time.perf_counter() - started)
-
-    def _check_finite(self, loss, norm):
-        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient now and then is
-        ordinary: the scaler skips the update and halves its scale, but not for ever."""
-        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
-        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
-            return
-        raise SystemExit(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
-                         f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
-
-    # -- evaluation -----------------------------------------------------------------------------------------------------
-
-    def evaluate(self, split):
-        """{name: value} of the objective's metrics over fixed windows of a split."""
-        c, windows, objective = self.config, self.windows[split], self.objective
-        offsets = windows.spread(c.eval_iters * c.batch_size or len(self.windows['val']))
-        self.model.eval()
-        with self.average or nullcontext():
-            sums = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
-                                partial(objective.metrics, self.model), self.ranks, self.dtype)
-        self.model.train()
-        return objective.summary(sums)
-
     def say(self, line):
         if self.ranks.first:
             tqdm.write(line)
 
 
+class Schedule:
+    """How many iterations a run has, and the learning rate of each."""
+
+    def __init__(self, config, iters_per_epoch):
+        self.config = config
+        self.max_iters = math.ceil(config.num_epochs * iters_per_epoch) if config.num_epochs else config.max_iters
+        self.warmup = config.warmup_iters or round(config.warmup_ratio * self.max_iters) or \
+            round(config.warmup_epochs * iters_per_epoch)
+        self.end = config.lr_decay_iters or self.max_iters
+        if config.decay_lr and self.warmup > self.end:
+            raise UserError(f'warmup of {self.warmup} iterations is longer than the schedule of {self.end}')
+
+    def lr(self, iter_num):
+        """Learning rate of the update that follows `iter_num` updates."""
+        c = self.config
+        if not c.decay_lr:
+            return c.learning_rate
+        if iter_num < self.warmup:
+            return c.learning_rate * (iter_num + 1) / (self.warmup + 1)
+        if c.lr_schedule == 'constant':
+            return c.learning_rate
+        done = min(1.0, (iter_num - self.warmup) / max(1, self.end - self.warmup))
+        left = 1 - done if c.lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
+        return c.min_lr + left * (c.learning_rate - c.min_lr)
+
+
+class EMA:
+    """An exponential moving average of a model's parameters; inside `with ema:` the model has them for its own."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay = model, decay
+        self.parameters = list(model.parameters())
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    def update(self, iter_num):
+        """After each iteration; the first ones count for less, so that the initial weights are soon forgotten."""
+        decay = min(self.decay, (1 + iter_num) / (10 + iter_num))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    def state(self):
+        """The model's state dict, as it is with the averages."""
+        with self:
+            return self.model.state_dict()
+
+    def load(self, state):
+        with self:
+            self.model.load_state_dict(state)
+
+    def _swap(self, *_):
+        for i, p in enumerate(self.parameters):
+            self.values[i], p.data = p.data, self.values[i]
+
+    __enter__ = __exit__ = _swap
+
+
+def fitted(config, model_args):
+    """A copy of a GPTConfig, of its type and options, in the sizes that weights of these model arguments have. The context
+    may be shorter: positions can be cut off."""
+    shape = {k: model_args[k] for k in ('n_layer', 'n_head', 'n_embd', 'n_inner', 'bias') if k in model_args}
+    return replace(config, **shape, block_size=min(config.block_size, model_args['block_size']))
+
+
+def config_of(state):
+    """The GPTConfig of a checkpoint."""
+    return from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments')
+
+
 def known_ids(state):
     """How many ids the weights of a checkpoint know."""
-    return state['model_args']['vocab_size'] + checkpoint.model_config(state['model_args']).textless_ids
+    return state['model_args']['vocab_size'] + config_of(state).mask_tokens
 
 
-def refuse_tokenizer(what_fails, state, meta):
+def check_tokenizer(what_fails, state, meta):
     """Raises UserError where a checkpoint's tokenizer is not that of the data set."""
     if state['tokenizer'] is None:
         raise UserError(f'{what_fails}: its tokenizer is unknown here')
@@ -482,12 +484,12 @@ def refuse_tokenizer(what_fails, state, meta):
                         f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
 
 
-def refuse_changes(state, model_config, meta):
+def check_same_model(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
-    refuse_tokenizer('cannot resume', state, meta)
+    check_tokenizer('cannot resume', state, meta)
     may_change = ('dropout', 'encoder')  # the encoder may be elsewhere; that it is the same is checked
     differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k)} now'
-                 for k, v in asdict(checkpoint.model_config(state['model_args'])).items()
+                 for k, v in asdict(config_of(state)).items()
                  if k not in may_change and getattr(model_config, k) != v]
     if differing:
         raise UserError(f"cannot resume: {'; '.join(differing)}; use --init_from=DIR to start a new run from its weights")

@@ -10,7 +10,6 @@ reads the folder, plot_results.py draws it. `--published=True` brings back the l
 that sees the future; `--stride=1`, the default, is the published overlap of the training windows.
 """
 import json
-import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +18,14 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-import checkpoint
-from calibration import calibration, calibration_sums
-from configurator import UserError, build, option, read_values, run
-from machine import setup_ranks
 from model import LEAST_HEAT_TIME, GPTConfig
-from objectives import IGNORE, NEXT_TOKEN, ignoring, means, parts_of, prediction_sums, sum_in_chunks
-from prepare import load_meta
-from tokenizer import tokenizer_from_meta
+from nanodrift import checkpoint
+from nanodrift.data import load_meta
+from nanodrift.machine import setup_ranks
+from nanodrift.metrics import Calibration, Mean, over_chunks, predictions, summarize
+from nanodrift.objectives import IGNORE, NEXT_TOKEN, ignoring, sequence_positions
+from nanodrift.options import UserError, build, check_options, option, read_values, run
+from nanodrift.tokenizer import tokenizer_from_meta
 from train import TrainConfig, Trainer
 
 MODELS = ('standard', 'diffusion_fixed', 'diffusion_adaptive')
@@ -37,28 +36,29 @@ DATASETS = ('wikitext-2', 'wikitext-103')
 class ExperimentConfig:
     """The published command line."""
     model: str = option('standard', 'softmax attention, or heat-kernel attention of a fixed or an adaptive time', MODELS)
-    fixed_t: float = option(1.0, 'the diffusion time of diffusion_fixed')
-    n_layers: int = option(4, 'blocks')
-    d_model: int = option(256, 'channels')
-    d_ff: int = option(1024, 'channels inside the MLP')
-    n_heads: int = option(4, 'attention heads per block')
+    fixed_t: float = option(1.0, 'the diffusion time', at_least=LEAST_HEAT_TIME, needs={'model': 'diffusion_fixed'})
+    n_layers: int = option(4, 'blocks', above=0)
+    d_model: int = option(256, 'channels', above=0)
+    d_ff: int = option(1024, 'channels inside the MLP', above=0)
+    n_heads: int = option(4, 'attention heads per block', above=0)
     dropout: float = option(0.1, 'dropout probability')
-    t_min: float = option(0.1, 'shortest adaptive time')
-    t_max: float = option(10.0, 'longest adaptive time')
+    t_min: float = option(0.1, 'shortest adaptive time', above=0, needs={'model': 'diffusion_adaptive'})
+    t_max: float = option(10.0, 'longest adaptive time', above=0, needs={'model': 'diffusion_adaptive'})
     published: bool = option(False, 'labels shifted twice and an adaptive time that sees the future, as published')
-    epochs: float = option(10.0, 'passes over the training windows')
+    epochs: float = option(10.0, 'passes over the training windows', above=0)
     max_iters: int = option(0, 'stop after so many steps, the schedule ending there; 0 goes by epochs')
     max_tokens: int = option(0, 'training tokens, a tenth of it for validation; 0 or None uses all')
-    stride: int = option(1, 'tokens from one training window to the next; seq_len makes them disjoint')
-    batch_size: int = option(32, 'windows per step')
-    lr: float = option(3e-4, 'highest learning rate; cosine to a tenth of it')
-    seq_len: int = option(256, 'the context, in tokens')
+    stride: int = option(1, 'tokens from one training window to the next; seq_len makes them disjoint', above=0)
+    batch_size: int = option(32, 'windows per step', above=0)
+    lr: float = option(3e-4, 'highest learning rate; cosine to a tenth of it', above=0)
+    seq_len: int = option(256, 'the context, in tokens', above=0)
     dataset: str = option('wikitext-2', 'wikitext-2, wikitext-103, or the folder of a prepared data set')
     data_dir: str = option('data', 'where wikitext-2 and wikitext-103 are')
     ignore_text: str = option('', "leave the tokens of this text, ' <unk>' say, out of loss and metrics")
     eval_interval: int = option(500, 'steps between evaluations')
     eval_iters: int = option(50, 'batches per evaluation; 0 takes all of validation')
-    save_every: int = option(0, 'steps between checkpoints that are kept; 0 or None keeps the best and the final one')
+    save_every: int = option(0, 'steps between checkpoints that are kept; 0 or None keeps the best and the final one',
+                             at_least=0)
     exp_name: str = option('', 'folder of the run below log_dir; empty or None is the model and the time')
     log_dir: str = option('logs', 'where the folders of the runs are')
     resume: str = option('', 'folder of a run to go on with, its settings come from there; empty or None starts anew')
@@ -67,21 +67,11 @@ class ExperimentConfig:
     compile: bool = option(True, 'torch.compile, where it works')
 
     def __post_init__(self):
-        for name in ('n_layers', 'd_model', 'd_ff', 'n_heads', 'epochs', 'stride', 'batch_size', 'lr', 'seq_len', 'fixed_t',
-                     't_min'):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f'{name}={getattr(self, name)} must be above 0, and finite')
-        if not self.t_min < self.t_max < math.inf:
-            raise UserError(f't_max={self.t_max} must be above t_min={self.t_min}, and finite')
+        check_options(self)
+        if not self.t_min < self.t_max:
+            raise UserError(f't_max={self.t_max} must be above t_min={self.t_min}')
         if self.d_model % self.n_heads:
             raise UserError(f'd_model={self.d_model} must be a multiple of n_heads={self.n_heads}')
-        if self.save_every < 0 or self.fixed_t < LEAST_HEAT_TIME:
-            raise UserError(f'save_every={self.save_every} must be at least 0, fixed_t={self.fixed_t} at least '
-                            f'{LEAST_HEAT_TIME}')
-        adaptive = 'diffusion_adaptive'
-        for name, owner in (('fixed_t', 'diffusion_fixed'), ('t_min', adaptive), ('t_max', adaptive)):
-            if getattr(self, name) != getattr(type(self), name) and self.model != owner:
-                raise UserError(f'{name}={getattr(self, name)} is for --model={owner}, not {self.model}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,30 +82,30 @@ def shifted_batch(tokens, rng, part=(0, 1)):
     return tokens[:, :-2].contiguous(), tokens[:, 2:].contiguous(), None
 
 
-def measure(model, X, Y, W, published, ignored=()):
+def measure(model, X, Y, W, calibrated=True, *, published, ignored=()):
     """Loss and accuracy of what was learned; calibration against the next token, which as published is another one. Tokens
     that are part of the sequence of ids `ignored` are not scored."""
     x = model.trunk(X)
-    sums = sum_in_chunks(model, x, Y, prediction_sums)
+    metrics = over_chunks(model, x, Y, predictions)
     following = Y
     if published:
-        following = X.masked_fill(parts_of(X, ignored), IGNORE) if ignored else X
+        following = X.masked_fill(sequence_positions(X, ignored), IGNORE) if ignored else X
         following = torch.cat((following[:, 1:], torch.full_like(X[:, :1], IGNORE)), dim=1)
-    scored = sum_in_chunks(model, x, following, calibration_sums)
-    times = {}
+    metrics |= over_chunks(model, x, following, lambda logits, y: {'scored': Calibration.of(logits, y)})
+    count = metrics['loss'].count
     for block in model.transformer.h:
         if getattr(block.attn, 'time', None) is not None:
-            times[f't_{block.attn.layer}'] = block.attn.time.last.cpu().double() * sums['count']
-    return sums | times | {f'scored_{name}': total for name, total in scored.items()}
+            metrics[f't_{block.attn.layer}'] = Mean(block.attn.time.last.cpu().double() * count, count)
+    return metrics
 
 
-def summarize(sums):
-    scored = {name.removeprefix('scored_'): total for name, total in sums.items() if name.startswith('scored_')}
-    learned = means({name: total for name, total in sums.items() if not name.startswith('scored_')})
+def summary(metrics):
+    learned = summarize({name: metric for name, metric in metrics.items() if name != 'scored'})
     times = [learned.pop(name) for name in list(learned) if name.startswith('t_')]
-    found = learned | {'perplexity': float(torch.tensor(learned['loss']).exp())}
-    found |= {('scored_accuracy' if name == 'accuracy' else name): value for name, value in calibration(scored).items()}
-    return found | ({'diffusion_times': times} if times else {})
+    scored = metrics['scored'].value()
+    numbers = learned | {'perplexity': float(torch.tensor(learned['loss']).exp())}
+    numbers |= {('scored_accuracy' if name == 'accuracy' else name): value for name, value in scored.items()}
+    return numbers | ({'diffusion_times': times} if times else {})
 
 
 def experiment_objective(config, tokenizer):
@@ -125,7 +115,7 @@ def experiment_objective(config, tokenizer):
     ignored = tokenizer.encode(config.ignore_text) if config.ignore_text else ()
     if ignored:
         make_batch = ignoring(make_batch, ignored)
-    return replace(NEXT_TOKEN, make_batch=make_batch, window=window, summary=summarize,
+    return replace(NEXT_TOKEN, make_batch=make_batch, window=window, summary=summary,
                    metrics=partial(measure, published=config.published, ignored=ignored))
 
 
@@ -169,8 +159,8 @@ def finish(out_dir):
     names = dict.fromkeys(name for entry in evaluations for name in entry)
     with open(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump({name: [entry.get(name) for entry in evaluations] for name in names}, f, indent=1)
-    checkpoint.second_name(checkpoint.find(out_dir, 'best'), os.path.join(out_dir, 'best_model.pt'))
-    checkpoint.second_name(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
+    checkpoint.hard_link(checkpoint.find(out_dir, 'best'), os.path.join(out_dir, 'best_model.pt'))
+    checkpoint.hard_link(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
 
 
 def with_none(argv):

@@ -30,7 +30,7 @@ import torch
 
 import prepare
 import train
-from model import MODEL_TYPES, GPTConfig
+from model import TYPES, GPTConfig
 
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['train', 'conftest'])
@@ -38,7 +38,7 @@ FORKS.set_forkserver_preload(['train', 'conftest'])
 TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1, device='cpu',
             dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)
 
-WAYS = (*MODEL_TYPES, 'token drift')  # to train: an objective that couples the batch is a way of its own
+WAYS = (*TYPES, 'token drift')  # to train: an objective that couples the batch is a way of its own
 
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)

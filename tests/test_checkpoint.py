@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import FORKS, resume
 
-import checkpoint
 import train
-from configurator import UserError
+from nanodrift import checkpoint
+from nanodrift.options import UserError
 
 KEYS = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'tokenizer', 'iter_num', 'best_val_loss', 'random_states',
         'run_id', 'parents', 'commit'}
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_plain_and_complete(trained, name):
 
 def test_a_checkpoint_gives_the_model_back(trained):
     state = checkpoint.load(checkpoint.find(trained, 'last'))
-    model = checkpoint.load_model(state)
+    model = load_model(state)
     assert not model.training
     assert all(torch.equal(v, state['model'][k]) for k, v in model.state_dict().items())
 
@@ -60,7 +60,7 @@ def test_weights_of_an_older_model_are_one_clear_line(trained):
     del state['model']['transformer.h.0.ln_1.bias']
     for name in ('ckpt.pt', 'ckpt_best.pt'):
         torch.save(state, f'{trained}/{name}')
-    for load in (lambda: checkpoint.load_model(checkpoint.load(checkpoint.find(trained))), lambda: resume(trained)):
+    for load in (lambda: load_model(checkpoint.load(checkpoint.find(trained))), lambda: resume(trained)):
         with pytest.raises(UserError, match='Missing .*ln_1.bias') as e:
             load()
         one_line(e)

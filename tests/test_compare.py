@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, pseudo_text
 
-import checkpoint
 import compare
 import prepare
-import report
 import train
-from configurator import UserError, read_config_file
+from nanodrift import checkpoint, report
+from nanodrift.options import UserError, read_config_file
 
 RECIPE = '''
 n_layer = 2

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from configurator import build, read_config_file, read_values
 from model import GPTConfig
+from nanodrift.options import build, read_config_file, read_values
 from train import TrainConfig, main
 
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import train
-from configurator import UserError
-from data import Windows, derive_seed, permute
-from machine import Ranks
+from nanodrift.data import Windows, derive_seed, permute
+from nanodrift.machine import Ranks
+from nanodrift.options import UserError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from conftest import ROOT, run_script
 
 import demo as script
 import prepare
-from configurator import read_config_file
+from nanodrift.options import read_config_file
 
 
 @pytest.fixture(scope='module')

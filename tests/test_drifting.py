@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, resume
 
-import checkpoint
-import drifting
 import generate_diffusion
-import ngrams
 import sample
 import train
-from configurator import UserError
-from drifting import (
+from model import GPT, Generator, GPTConfig, load_encoder, load_model
+from nanodrift import checkpoint, drifting, ngrams
+from nanodrift.drifting import (
     AFFINITY_FLOOR,
     ITSELF,
     TEMPERATURES,
@@ -29,9 +27,9 @@ from drifting import (
     raw_field,
     residual,
 )
-from machine import Ranks
-from model import GPT, SHARPNESS, Generator, GPTConfig
-from objectives import nelbo_batch
+from nanodrift.machine import Ranks
+from nanodrift.objectives import nelbo_batch
+from nanodrift.options import UserError
 from train import Trainer
 
 
@@ -197,7 +195,7 @@ def test_depths_are_quarters():
 
 
 def test_ids_and_their_embeddings_have_the_same_features(encoder):
-    model = checkpoint.load_encoder(encoder)
+    model = load_encoder(encoder)
     ids = torch.randint(200, (3, 16))
     states = model.states(model.transformer.wte(ids), [1, 2])
     assert torch.allclose(states[-1], model.trunk(ids), atol=1e-6)
@@ -207,7 +205,7 @@ def test_ids_and_their_embeddings_have_the_same_features(encoder):
 
 
 def test_neighbours_embeddings_stand_side_by_side(encoder):
-    model = checkpoint.load_encoder(encoder)
+    model = load_encoder(encoder)
     ids, places = torch.randint(200, (3, 16)), torch.tensor([0, 1, 5, 11, 13])
     found = features(model, model.transformer.wte(ids), places, 'tokens')
     table, nothing = model.transformer.wte.weight, torch.zeros(16)
@@ -227,7 +225,7 @@ def test_neighbours_embeddings_stand_side_by_side(encoder):
 
 def test_every_token_is_in_as_many_stacks(encoder):
     embeddings = torch.randn(1, 16, 16, requires_grad=True)
-    features(checkpoint.load_encoder(encoder), embeddings, torch.arange(16), 'tokens')['tokens_4'].sum().backward()
+    features(load_encoder(encoder), embeddings, torch.arange(16), 'tokens')['tokens_4'].sum().backward()
     counts = embeddings.grad[0, :, 0]
     assert counts.min() >= 4
 
@@ -300,7 +298,7 @@ def test_a_changed_encoder_is_noticed(tiny, tmp_path, encoder, data_dir):
     shutil.rmtree(mine)
     shutil.copytree(other.out_dir, mine)
     with pytest.raises(UserError, match='not what this model was trained with'):
-        checkpoint.load_model(checkpoint.load(checkpoint.find(config.out_dir)))
+        load_model(checkpoint.load(checkpoint.find(config.out_dir)))
     with pytest.raises(UserError, match='not what this model was trained with'):
         resume(config.out_dir, '--max_iters=8')
     with pytest.raises(UserError, match='not what this model was trained with'):  # its outputs would be no embeddings there
@@ -311,15 +309,15 @@ def test_a_changed_encoder_is_noticed(tiny, tmp_path, encoder, data_dir):
 def test_blocks_are_closed_at_first_and_open_later(encoder):
     model = make(encoder)
     noise, style = noise_and_style()
-    before = model.generator_output(noise, style)
-    assert torch.equal(model.generator_output(noise, (style + 1) % 64), before)  # nothing of the condition arrives
+    before = model.embeddings(noise, style)
+    assert torch.equal(model.embeddings(noise, (style + 1) % 64), before)  # nothing of the condition arrives
     open_up(model)
-    opened = model.generator_output(noise, style)
-    assert not torch.allclose(model.generator_output(noise, (style + 1) % 64), opened, atol=1e-4)
+    opened = model.embeddings(noise, style)
+    assert not torch.allclose(model.embeddings(noise, (style + 1) % 64), opened, atol=1e-4)
     changed = noise.clone()
     changed[0, 14] -= 1  # the condition sees no more of the noise than its mean, which stays
     changed[0, 15] += 1
-    moved = (model.generator_output(changed, style) - opened).abs().amax(-1)
+    moved = (model.embeddings(changed, style) - opened).abs().amax(-1)
     assert (moved[0] > 1e-5).all() and moved[1:].max() == 0  # every position sees every other, no sample another
 
 
@@ -350,7 +348,7 @@ def test_attention_knows_how_far_apart_positions_are(encoder):
     open_up(model)
     noise, style = noise_and_style()
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
-    straight, mixed = model.generator_output(noise, style), model.generator_output(noise[:, order], style)
+    straight, mixed = model.embeddings(noise, style), model.embeddings(noise[:, order], style)
     assert not torch.allclose(mixed, straight[:, order], atol=1e-3)
 
 
@@ -361,7 +359,7 @@ def test_the_gradient_flows_through_the_encoder_and_not_into_it(encoder):
             p.add_(torch.randn_like(p) * 0.05)
     noise, style = noise_and_style()
     ids = torch.randint(200, (4, 16))
-    (noise, field, style), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+    (noise, field, style), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
     model(noise, field, style)[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -380,7 +378,7 @@ def test_the_published_size_has_131_million_parameters(encoder):
 def test_soft_output_is_a_mean_of_embeddings(encoder):
     model = make(encoder, drift_output='soft')
     noise, style = noise_and_style()
-    x = model.generator_output(noise, style)
+    x = model.embeddings(noise, style)
     table = model.encoder.transformer.wte.weight[:257]
     middle, raw = table.mean(0), model.generator(noise, style)
     cosines = F.cosine_similarity((raw - middle)[:, :, None], table - middle, dim=-1)
@@ -391,7 +389,7 @@ def test_soft_output_is_a_mean_of_embeddings(encoder):
 @pytest.mark.parametrize('how', ['embedding', 'soft', 'straight'])
 def test_outputs_are_spread_at_the_start(encoder, how):
     model = make(encoder, drift_output=how)
-    x = model.generator_output(*noise_and_style(32))
+    x = model.embeddings(*noise_and_style(32))
     table = model.encoder.transformer.wte.weight[:257]
     share = (x - x.mean((0, 1))).square().mean() / (table - table.mean(0)).square().mean()
     assert share > 0.2 and len(model.nearest(x)[1].unique()) > 50
@@ -401,7 +399,7 @@ def test_straight_through_writes_tokens_and_has_the_gradient_of_the_mean(encoder
     straight, soft = make(encoder, drift_output='straight'), make(encoder, drift_output='soft')
     soft.load_state_dict(straight.state_dict())
     noise, style = noise_and_style()
-    outputs = [model.generator_output(noise, style) for model in (straight, soft)]
+    outputs = [model.embeddings(noise, style) for model in (straight, soft)]
     table = straight.encoder.transformer.wte.weight[:257]
     assert torch.allclose(outputs[0], table[straight.nearest(outputs[0])[1]], atol=1e-6)
     raw = straight.generator(noise, style)
@@ -419,19 +417,19 @@ def test_a_prefix_stays_and_sees_nothing_that_follows(encoder):
     open_up(model)
     noise, style = noise_and_style()
     prefix = torch.randint(200, (4, 3))
-    x = model.generator_output(noise, style, prefix)
+    x = model.embeddings(noise, style, prefix)
     table = model.encoder.transformer.wte.weight
     assert torch.equal(x[:, :3], table[prefix])
     other = prefix.clone()
     other[:, 1] += 1
-    assert ((model.generator_output(noise, style, other) - x)[:, 3:].abs().amax(-1) > 1e-6).all()
+    assert ((model.embeddings(noise, style, other) - x)[:, 3:].abs().amax(-1) > 1e-6).all()
     hidden = []
     model.generator.h[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output))
     changed = noise.clone()
     changed[:, 7] += 1
     changed[:, 8] -= 1  # the mean, which every position sees, stays
     for n in (noise, changed):
-        model.generator_output(n, style, prefix)
+        model.embeddings(n, style, prefix)
     assert torch.allclose(hidden[0][:, :3], hidden[1][:, :3], atol=1e-4)
 
 
@@ -470,8 +468,8 @@ def test_the_field_has_the_temperatures_and_the_floor_asked_for(encoder):
     ids, found = torch.randint(200, (6, 16)), []
     for temperatures, floor in (('0.1,0.3', 1e-3), ('0.02,0.05,0.2', 1e-3), ('0.1,0.3', 0.5)):
         model = make(encoder, drift_temperatures=temperatures, drift_floor=floor)
-        (_, field, _), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
-        x = features(model.encoder, model.generator_output(noise, style), field.places, 'states')['1_place']
+        (_, field, _), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+        x = features(model.encoder, model.embeddings(noise, style), field.places, 'states')['1_place']
         real = features(model.encoder, model.encoder.transformer.wte(ids), field.places, 'states')['1_place']
         found.append(field.targets['1_place'])
         assert torch.allclose(found[-1], drift(x, real, tuple(map(float, temperatures.split(','))), floor)[0], atol=1e-5)
@@ -485,9 +483,9 @@ def test_micro_batches_are_coupled_into_one_field(encoder, kind):
     open_up(model)  # so that all of it has a gradient
     noise, style = noise_and_style(6)
     ids = torch.randint(200, (6, 16))
-    (_, whole, _), = drifting.couple(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+    (_, whole, _), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
     parts = [(noise[:3], ids[:3], style[:3]), (noise[3:], ids[3:], style[3:])]
-    halves = drifting.couple(model, parts, Ranks(), torch.Generator().manual_seed(3))
+    halves = drifting.compute_drift_targets(model, parts, Ranks(), torch.Generator().manual_seed(3))
     for name in whole.targets:
         assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
     found = []
@@ -543,7 +541,7 @@ def test_checkpointing_reaches_the_encoder(tiny, encoder):
     trainer.model.encoder.transformer.h[0].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
     noise, style = noise_and_style()
     ids = torch.randint(200, (4, 16))
-    (each,) = drifting.couple(trainer.model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+    (each,) = drifting.compute_drift_targets(trainer.model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
     trainer.model(*each)[1].backward()
     assert count == [False, False, True, True]  # samples and real text for the targets; the loss, and again going back
 
@@ -598,7 +596,7 @@ def test_token_drift_adds_the_field_to_the_bound(encoder):
     model, other = soft_model(encoder, drift_weight=0.5), soft_model('', diffusion_objective='nelbo')
     other.load_state_dict(model.state_dict())
     X, Y, W = corrupted()
-    (X, field, W), = drifting.couple_tokens(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
+    (X, field, W), = drifting.compute_token_drift_targets(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
     found = features(model.encoder, model.soft_tokens(X, model.trunk(X)), field.places, 'states')
     loss = model(X, field, W)[1]
     bound = other(X, Y, W)[1]
@@ -617,9 +615,9 @@ def test_token_drift_adds_the_field_to_the_bound(encoder):
 
 def test_token_drift_couples_micro_batches(encoder):
     model, (X, Y, W) = soft_model(encoder), corrupted()
-    (_, whole, _), = drifting.couple_tokens(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
+    (_, whole, _), = drifting.compute_token_drift_targets(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
     parts = [(X[:3], Y[:3], W[:3]), (X[3:], Y[3:], W[3:])]
-    halves = drifting.couple_tokens(model, parts, Ranks(), torch.Generator().manual_seed(3))
+    halves = drifting.compute_token_drift_targets(model, parts, Ranks(), torch.Generator().manual_seed(3))
     for name in whole.targets:
         assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
 
@@ -673,14 +671,14 @@ def test_samples_are_made_in_one_pass(out_dir, capsys):
 
 
 def test_each_position_takes_the_nearest_token(out_dir):
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    model = load_model(checkpoint.load(checkpoint.find(out_dir)))
     calls = []
     model.generator.register_forward_hook(lambda *_: calls.append(1))
     ids = model.generate_at_once(3, seed=5)
     assert len(calls) == 1 and ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 257
     noise, _, style = drifting.batch(torch.zeros(3, 16, dtype=torch.long), torch.Generator().manual_seed(5), n_embd=16)
     with torch.no_grad():
-        x = model.generator_output(noise, style)
+        x = model.embeddings(noise, style)
     table = model.encoder.transformer.wte.weight[:257].detach().numpy()
     for b in range(3):
         for t in range(16):

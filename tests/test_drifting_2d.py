@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from configurator import UserError
-from drifting_2d import DATA, EVALUATED, PlaneConfig, main, measure, sliced_wasserstein, train
+from experiments.drifting_2d import DATA, EVALUATED, PlaneConfig, main, measure, sliced_wasserstein, train
+from nanodrift.options import UserError
 
 
 def rng(seed=0):

@@ -8,13 +8,12 @@ import pytest
 import torch
 from conftest import pseudo_text, run_script
 
-import checkpoint
 import evaluate
 import prepare
 import train
-from configurator import UserError
-from data import Windows, derive_seed
-from prepare import load_meta
+from nanodrift import checkpoint
+from nanodrift.data import Windows, derive_seed, load_meta
+from nanodrift.options import UserError
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +99,7 @@ def test_the_numbers_are_those_of_trainings_own_validation(go, runs, name):
 def test_more_draws_of_a_window_are_one_better_term(go, runs, place):
     """The standard error is over windows: of the average over draws, drawn here one by one."""
     one, four = (go('nelbo', f'--draws={n}')[1]['likelihood'][runs['nelbo']] for n in (1, 4))
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(runs['nelbo'])))
+    model = load_model(checkpoint.load(checkpoint.find(runs['nelbo'])))
     windows, draws = Windows(f'{place}/text_bpe280/val.bin', 'uint16', 16, 16), []
     for draw in range(4):
         bounds = []
@@ -120,7 +119,7 @@ def test_more_draws_of_a_window_are_one_better_term(go, runs, place):
 def test_a_stride_gives_each_prediction_its_context(go, runs, place):
     """Against one forward pass for each token, over as much of the context before it as fits."""
     found = go('gpt2', '--stride=1', '--windows=0')[1]['likelihood'][runs['gpt2']]
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(runs['gpt2'])))
+    model = load_model(checkpoint.load(checkpoint.find(runs['gpt2'])))
     tokens = torch.from_numpy(np.fromfile(place / 'text_bpe280/val.bin', dtype='uint16').astype(np.int64))
     losses = []
     with torch.no_grad():

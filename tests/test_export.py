@@ -8,14 +8,14 @@ from conftest import TINY, pseudo_text
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import export
 import generate_diffusion
 import prepare
 import sample
 import train
-from configurator import UserError
-from tokenizer import tokenizer_from_meta
+from nanodrift import checkpoint
+from nanodrift.options import UserError
+from nanodrift.tokenizer import tokenizer_from_meta
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
 
@@ -49,7 +49,7 @@ def test_transformers_has_the_same_logits_and_the_same_ids(trained, tmp_path, da
     out_dir = trained(dataset=dataset, bias=bias, ema=0.5)
     export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
     state = checkpoint.load(checkpoint.find(out_dir))
-    mine, tokenizer = checkpoint.load_model(state), tokenizer_from_meta(state['tokenizer'])
+    mine, tokenizer = load_model(state), tokenizer_from_meta(state['tokenizer'])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     ids = tokenizer.encode(TEXT)
@@ -63,7 +63,7 @@ def test_transformers_has_the_same_logits_and_the_same_ids(trained, tmp_path, da
 
 
 def test_gpt2s_own_tokenizer_goes_along(tmp_path):
-    from tokenizer import tokenizer_from_spec
+    from nanodrift.tokenizer import tokenizer_from_spec
     ours = tokenizer_from_spec('gpt2')
     theirs = export.hf_tokenizer(ours)
     assert theirs.encode(TEXT).ids == ours.encode(TEXT) and theirs.get_vocab_size() == 50257
@@ -77,9 +77,9 @@ TYPES = {'dd': {}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {}, 'parallel': {
 def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
     out_dir = trained(model_type=model_type, **TYPES[model_type])
     export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
-    state = checkpoint.open_run(f'hf:{tmp_path}/hf')
-    mine = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
-    again = checkpoint.load_model(state)
+    state = huggingface.open_run(f'hf:{tmp_path}/hf')
+    mine = load_model(checkpoint.load(checkpoint.find(out_dir)))
+    again = load_model(state)
     assert list(again.state_dict()) == list(mine.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values()))
     assert not [name for name in (tmp_path / 'hf').iterdir() if name.suffix in ('.pt', '.bin', '.pkl')]
@@ -103,7 +103,7 @@ def test_drifting_takes_its_encoder_along(trained, tmp_path, monkeypatch):
     """From disk and from the Hub, where the encoder is a folder of the same repository."""
     encoder = trained('encoder', bias=False)
     out_dir = trained('drifting', model_type='drifting', encoder=encoder)
-    mine = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    mine = load_model(checkpoint.load(checkpoint.find(out_dir)))
     export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
     os.rename(encoder, f'{encoder}-elsewhere')
     with pytest.raises(UserError, match='encoder='):
@@ -118,7 +118,7 @@ def test_drifting_takes_its_encoder_along(trained, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
     monkeypatch.setattr(checkpoint, 'hub_is_reachable', lambda: True)
     for name in (f'hf:{tmp_path}/moved', f'hf:{tmp_path}/moved/', 'hf:some/model'):
-        again = checkpoint.load_model(checkpoint.open_run(name))
+        again = load_model(huggingface.open_run(name))
         assert torch.equal(again.generate_at_once(2, seed=1), mine.generate_at_once(2, seed=1))
         assert again.encoder.source == mine.encoder.source
     export.main([f'--out_dir=hf:{tmp_path}/moved', f'--to={tmp_path}/again'])  # and once more

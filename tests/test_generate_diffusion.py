@@ -10,15 +10,14 @@ import torch
 from conftest import TINY
 from rich.console import Console
 
-import checkpoint
 import generate_diffusion
 import train
-import watch
-from configurator import UserError
 from generate_diffusion import GenerateConfig, first_canvas, parse_template, refine_batch
 from model import GPTConfig
-from refinement import RefineConfig, Step
-from tokenizer import ByteTokenizer
+from nanodrift import checkpoint, player
+from nanodrift.options import UserError
+from nanodrift.refinement import RefineConfig, Step
+from nanodrift.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope='module')
@@ -116,15 +115,15 @@ def test_an_untouched_text_is_printed_as_it_is(go, tmp_path, monkeypatch):
 def test_the_diff_leaves_characters_whole():
     """Of ö the second byte is flagged, and turned into that of Ö's neighbour."""
     before, after = list('aöb'.encode()), list('aøb'.encode())
-    assert watch.diff(ByteTokenizer(), before, after, [False, False, True, False], False) == 'a[-ö-]{+ø+}b'
-    assert watch.diff(ByteTokenizer(), before, before, [False, False, True, False], False) == 'aöb'
+    assert player.diff(ByteTokenizer(), before, after, [False, False, True, False], False) == 'a[-ö-]{+ø+}b'
+    assert player.diff(ByteTokenizer(), before, before, [False, False, True, False], False) == 'aöb'
 
 
 def test_the_diff_is_coloured_where_there_are_colours():
     before, after, doubted = list(b'abcd'), list(b'abxd'), [False, True, True, False]
-    coloured = watch.diff(ByteTokenizer(), before, after, doubted, colours=True)
-    assert coloured == f'a{watch.SAME}b{watch.PLAIN}{watch.OLD}c{watch.PLAIN}{watch.NEW}x{watch.PLAIN}d'
-    assert watch.diff(ByteTokenizer(), before, after, doubted, colours=False) == 'ab[-c-]{+x+}d'
+    coloured = player.diff(ByteTokenizer(), before, after, doubted, colours=True)
+    assert coloured == f'a{player.SAME}b{player.PLAIN}{player.OLD}c{player.PLAIN}{player.NEW}x{player.PLAIN}d'
+    assert player.diff(ByteTokenizer(), before, after, doubted, colours=False) == 'ab[-c-]{+x+}d'
 
 
 def test_text_ends_at_end_of_text(go, monkeypatch):
@@ -145,7 +144,7 @@ def test_as_much_is_filled_in_as_fits(out_dir, capsys):
 
 
 def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    model = load_model(checkpoint.load(checkpoint.find(out_dir)))
     ids = torch.randint(200, (100,))
     p = torch.cat([model(part[None])[0][0].softmax(-1)[:, -1] for part in ids.split(48)]).detach()
     threshold = float(p.median())
@@ -189,7 +188,7 @@ def test_sample_refers_to_generate_diffusion(out_dir):
 
 
 def test_a_canvas_without_gaps_stays_as_it_is(out_dir):
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(out_dir)))
+    model = load_model(checkpoint.load(checkpoint.find(out_dir)))
     steps = list(refine_batch(model, torch.arange(10), 1, RefineConfig(), 0))
     assert steps[-1].ids.tolist() == [list(range(10))]
 
@@ -214,7 +213,7 @@ def film():
         confidence = torch.where(ids == mask, 0.0, 0.25 * (number + 1)).double()
         steps.append(Step(ids, confidence, revised, torch.tensor([number])))
         before = row
-    return watch.Film.of(steps, tokenizer, mask)
+    return player.Recording.of(steps, tokenizer, mask)
 
 
 def test_a_film_knows_what_was_open_given_and_taken_back():
@@ -226,13 +225,13 @@ def test_a_film_knows_what_was_open_given_and_taken_back():
 
 
 def test_the_frame_stands_still_in_a_terminal(monkeypatch):
-    monkeypatch.setattr(watch.time, 'sleep', lambda seconds: None)
-    widths, found = watch.cells(film()), film()
-    pictures = [watch.picture(found, n, widths, columns=3, height=25) for n in range(4)]
+    monkeypatch.setattr(player.time, 'sleep', lambda seconds: None)
+    widths, found = player.cells(film()), film()
+    pictures = [player.picture(found, n, widths, columns=3, height=25) for n in range(4)]
     bodies = [p.plain.split('\n', 1)[1] for p in pictures]
     assert bodies == ['ab·\n··', 'ab·\nc<', 'ab⏎\nc·', 'ab⏎\nce']
     out = io.StringIO()
-    watch.play(found, Console(file=out, force_terminal=True, width=40, color_system='truecolor'))
+    player.play(found, Console(file=out, force_terminal=True, width=40, color_system='truecolor'))
     said = out.getvalue()
     assert 'step 3, 3 forward passes' in said and '\x1b[' in said
     styles = {str(span.style) for span in pictures[3].spans}
@@ -243,27 +242,27 @@ def test_of_a_canvas_taller_than_the_screen_the_part_in_work_is_seen_and_all_at_
     rows = [[97] * 4 + [257] * 8, [97] * 10 + [257] * 2, [97] * 12]
     known = torch.zeros(1, 12)
     steps = [Step(torch.tensor([row]), known.double(), known.bool(), torch.tensor([n])) for n, row in enumerate(rows)]
-    tall = watch.Film.of(steps, ByteTokenizer(), 257)
-    pictures = [watch.picture(tall, n, watch.cells(tall), columns=2, height=4).plain for n in range(3)]
+    tall = player.Recording.of(steps, ByteTokenizer(), 257)
+    pictures = [player.picture(tall, n, player.cells(tall), columns=2, height=4).plain for n in range(3)]
     assert [p.split('\n')[1:] for p in pictures] == [['aa', '··', '··'], ['aa', 'aa', '··'], ['aa'] * 6]
 
 
 def test_wide_and_unprintable_characters_have_cells_too():
     frames = [[('日', 1.0, False), ('\r', 1.0, False)], [('a', 1.0, False), ('\x1b', 1.0, False)]]
-    wide = watch.Film(frames, [False, False], [0, 1])
-    assert watch.cells(wide) == [2, 1]
-    assert [watch.picture(wide, n, [2, 1], 80, 25).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
+    wide = player.Recording(frames, [False, False], [0, 1])
+    assert player.cells(wide) == [2, 1]
+    assert [player.picture(wide, n, [2, 1], 80, 25).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys):
-    watch.play(film(), Console(file=io.StringIO()))
+    player.play(film(), Console(file=io.StringIO()))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == ['==···', '==·##', '==##·', '==##~']
     assert '\x1b' not in ''.join(lines)
 
 
 def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
-    watch.write_page(film(), str(tmp_path / 'page.html'))
+    player.write_page(film(), str(tmp_path / 'page.html'))
     page = (tmp_path / 'page.html').read_text(encoding='utf-8')
     data = json.loads(re.search(r'const film = (\{.*\});', page)[1])
     assert data['passes'] == [0, 1, 2, 3] and data['frames'][1][4][0] == '<' and '"<"' not in page
@@ -273,7 +272,7 @@ def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
 @pytest.mark.skipif(not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), reason='needs Chromium')
 def test_the_page_plays_in_a_real_browser(tmp_path):
     """By hand elsewhere: open the page that --html wrote, in any browser."""
-    watch.write_page(film(), str(tmp_path / 'page.html'))
+    player.write_page(film(), str(tmp_path / 'page.html'))
     page = tmp_path / 'page.html'
     browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
     words = ['--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=9000', '--dump-dom']

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import objectives
-from configurator import UserError
-from model import GPT, GPTConfig, sample_logits
-from objectives import IGNORE, cross_entropy, linear_cross_entropy
+from model import GPT, GPTConfig
+from nanodrift import checkpoint, objectives
+from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy
+from nanodrift.options import UserError
+from nanodrift.sampling import sample_logits
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
 
@@ -61,7 +61,7 @@ def test_logits_loss_and_gradients_agree_with_hugging_face(hf_model, tmp_path, f
         hf_model.save_pretrained(tmp_path, max_shard_size='40KB' if form == 'sharded' else '1GB')
     if form == 'sharded':
         assert (tmp_path / 'model.safetensors.index.json').exists()
-    model_args, weights = checkpoint.load_hf(str(tmp_path))
+    model_args, weights = huggingface.load_gpt2(str(tmp_path))
     model = GPT(GPTConfig(**model_args)).eval()
     assert checkpoint.start_from(model, weights) == []
     idx = tokens(2, 32)
@@ -81,22 +81,22 @@ def test_logits_loss_and_gradients_agree_with_hugging_face(hf_model, tmp_path, f
 
 def test_hf_folders_that_are_not_gpt2_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match='config.json'):
-        checkpoint.load_hf(str(tmp_path))
+        huggingface.load_gpt2(str(tmp_path))
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
     with pytest.raises(UserError, match="'llama'"):
-        checkpoint.load_hf(str(tmp_path))
+        huggingface.load_gpt2(str(tmp_path))
     config = {'model_type': 'gpt2', 'n_positions': 8, 'vocab_size': 9, 'n_layer': 1, 'n_head': 1, 'n_embd': 4}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='model.safetensors'):
-        checkpoint.load_hf(str(tmp_path))
+        huggingface.load_gpt2(str(tmp_path))
     (tmp_path / 'config.json').write_text(json.dumps(config | {'layer_norm_epsilon': 1e-3}))
     with pytest.raises(UserError, match='layer_norm_epsilon'):
-        checkpoint.load_hf(str(tmp_path))
+        huggingface.load_gpt2(str(tmp_path))
 
 
 def test_hf_without_a_network_says_what_to_do():
     with pytest.raises(UserError, match='hf:FOLDER'):
-        checkpoint.load_hf('nobody/no-such-model')
+        huggingface.load_gpt2('nobody/no-such-model')
 
 
 def test_weights_that_do_not_fit_are_named():

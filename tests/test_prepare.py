@@ -16,10 +16,10 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import corpus
 import prepare
-from configurator import UserError
-from tokenizer import EOT_TEXT, tokenizer_from_meta, train_bpe
+from nanodrift import corpus
+from nanodrift.options import UserError
+from nanodrift.tokenizer import EOT_TEXT, tokenizer_from_meta, train_bpe
 
 # Run by every Python that finds it first: the network is gone, and whoever asks for it leaves a trace.
 NO_NETWORK = '''

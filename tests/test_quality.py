@@ -7,8 +7,7 @@ import pytest
 import torch
 from test_model import make
 
-import ngrams
-import quality
+from nanodrift import ngrams, quality
 
 rng = np.random.default_rng(0)
 

@@ -6,12 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from configurator import UserError
 from model import GPT, GPTConfig
-from refinement import ETA, REMASKS, STRATEGIES, Canvas, RefineConfig, draw, keep_likely, refine, remdm
+from nanodrift.options import UserError
+from nanodrift.refinement import ORDERS, REMASKS, Canvas, RefineConfig, refine
+from nanodrift.sampling import keep_likely
 
-ORDERS = [s for s in STRATEGIES if s != 'naive']
-PAIRS = [(s, 'none') for s in STRATEGIES] + [(s, 'flag') for s in ORDERS] + \
+ORDERS = [s for s in ORDERS if s != 'naive']
+PAIRS = [(s, 'none') for s in ORDERS] + [(s, 'flag') for s in ORDERS] + \
     [('ancestral', r) for r in REMASKS if r.startswith('remdm')]
 
 

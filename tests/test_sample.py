@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_script
 
-import checkpoint
 import sample
+from nanodrift import checkpoint
 from train import main
 
 
@@ -47,7 +47,7 @@ def test_prompts_from_a_file_and_an_empty_one(out_dir, tmp_path):
 
 def test_generation_stops_at_end_of_text(out_dir):
     state = checkpoint.load(checkpoint.find(out_dir))
-    model, tokenizer = checkpoint.load_model(state), sample.tokenizer_from_meta(state['tokenizer'])
+    model, tokenizer = load_model(state), sample.tokenizer_from_meta(state['tokenizer'])
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
@@ -59,7 +59,7 @@ def test_generation_stops_at_end_of_text(out_dir):
 
 
 def test_streaming_never_splits_a_character(capsys):
-    from tokenizer import ByteTokenizer
+    from nanodrift.tokenizer import ByteTokenizer
     ids = list('né€🙂'.encode())
     assert sample.stream('', ByteTokenizer(), ([i] for i in ids)) == len(ids)
     assert capsys.readouterr().out == 'né€🙂\n'

@@ -7,9 +7,9 @@ import pytest
 import tiktoken
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import tokenizer as module
-from configurator import UserError
-from tokenizer import EOT_TEXT, last_safe_cut, tokenizer_from_meta, tokenizer_from_spec
+from nanodrift import tokenizer as module
+from nanodrift.options import UserError
+from nanodrift.tokenizer import EOT_TEXT, last_safe_cut, tokenizer_from_meta, tokenizer_from_spec
 
 SPECS = ('gpt2', 'byte', 'char', 'bpe:300')
 HOSTILE = ['', ' ', '\n', '\r\n', 'a\r\n\r\n b', '\0', 'naïve café', '🙂👩‍👩‍👧 ok', '中文 テスト', "I'll you've it's 'tis",

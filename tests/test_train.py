@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, WAYS, resume, run_script
 
-import checkpoint
-import configurator
 import train
-from configurator import UserError
-from data import Windows
-from machine import Ranks
-from prepare import load_meta
+from nanodrift import checkpoint, options
+from nanodrift.data import Windows, load_meta
+from nanodrift.machine import Ranks
+from nanodrift.options import UserError
 from train import Schedule, TrainConfig, Trainer
 
 every_type = pytest.mark.parametrize('model_type', WAYS)
@@ -379,7 +377,7 @@ def mistake(capsys, monkeypatch, *argv):
     """Runs the command in this process; it must fail with one line on stderr, which is returned."""
     monkeypatch.setattr('sys.argv', ['train.py', *argv])
     with pytest.raises(SystemExit) as e:
-        configurator.run(train.main)
+        options.run(train.main)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1, err
     return err
@@ -404,7 +402,7 @@ def train_on_a_small_disk(argv):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
     sys.argv = ['train.py', *argv]
-    configurator.run(train.main)
+    options.run(train.main)
 
 
 def test_a_disk_too_full_for_a_checkpoint(fork, command_line, tmp_path, tiny):

@@ -1,15 +1,14 @@
-"""mending.py: what is counted, against loops over single tokens; a model that has learned to flag finds what is wrong."""
+"""repair_accuracy.py: what is counted, against loops over single tokens; a model that has learned to flag finds what is wrong."""
 import json
 
 import pytest
 import torch
 
-import checkpoint
-import mending
 import train
-from configurator import UserError
-from objectives import ranks
-from refinement import RefineConfig
+from experiments import repair_accuracy
+from nanodrift import checkpoint
+from nanodrift.options import UserError
+from nanodrift.refinement import RefineConfig
 
 WAYS = ('flag', 'confidence, hidden', 'confidence, seen')
 
@@ -24,12 +23,12 @@ def run_dir(data_dir, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize('source', mending.SOURCES)
+@pytest.mark.parametrize('source', repair_accuracy.SOURCES)
 def test_the_counts_are_those_of_a_loop(run_dir, source):
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(run_dir)))
+    model = load_model(checkpoint.load(checkpoint.find(run_dir)))
     tokens = torch.randint(model.config.vocab_size, (6, 16), generator=torch.Generator().manual_seed(3))
     rng = torch.Generator().manual_seed(1)
-    before = mending.SOURCES[source](model, tokens, ranks(tokens.shape, rng) < 8, rng)
+    before = repair_accuracy.SOURCES[source](model, tokens, ranks(tokens.shape, rng) < 8, rng)
     assert source == 'by the model' or (before != tokens).sum() == 6 * 8
     seen, refine = [], model.refine
 
@@ -39,7 +38,7 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
         yield step
     model.refine = watched
     how = RefineConfig(max_steps=4, flag_threshold=0.3)
-    found = mending.mend(model, tokens, source, 0.5, how, torch.Generator().manual_seed(1))
+    found = repair_accuracy.mend(model, tokens, source, 0.5, how, torch.Generator().manual_seed(1))
     for way, (opened, after) in zip(found, seen[-3:]):
         counts = dict.fromkeys(found[way], 0)
         for b in range(6):
@@ -59,22 +58,22 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
 
 def test_each_way_opens_what_it_should(run_dir):
     """What is opened, from probabilities that are looked up one place at a time."""
-    model = checkpoint.load_model(checkpoint.load(checkpoint.find(run_dir)))
+    model = load_model(checkpoint.load(checkpoint.find(run_dir)))
     V = model.config.vocab_size
     ids = torch.randint(V, (1, 16), generator=torch.Generator().manual_seed(3))
     opened, refine = [], model.refine
     model.refine = lambda canvas, *args: opened.append(canvas == V) or refine(canvas, *args)
-    mending.SOURCES['as it is'] = lambda model, tokens, where, rng: tokens
+    repair_accuracy.SOURCES['as it is'] = lambda model, tokens, where, rng: tokens
     try:
-        mending.mend(model, ids, 'as it is', 0.5, RefineConfig(flag_threshold=0.3), torch.Generator().manual_seed(1))
+        repair_accuracy.mend(model, ids, 'as it is', 0.5, RefineConfig(flag_threshold=0.3), torch.Generator().manual_seed(1))
     finally:
-        del mending.SOURCES['as it is']
+        del repair_accuracy.SOURCES['as it is']
     with torch.no_grad():
         logits = model(ids)[0][0].double()
         flag, seen, hidden = logits.softmax(-1)[:, V], logits[:, :V].softmax(-1), []
         for t in range(16):
             canvas = ids.clone()
-            canvas[0, t % mending.GROUPS::mending.GROUPS] = V
+            canvas[0, t % repair_accuracy.GROUPS::repair_accuracy.GROUPS] = V
             hidden.append(float(model(canvas)[0][0, t, :V].double().softmax(-1)[ids[0, t]]))
     count = int((flag > 0.3).sum())
     assert 0 < count < 16 and opened[0][0].tolist() == (flag > 0.3).tolist()
@@ -85,10 +84,10 @@ def test_each_way_opens_what_it_should(run_dir):
 
 
 def test_a_trained_model_finds_more_than_chance(run_dir, capsys):
-    mending.main([f'--out_dir={run_dir}', '--share=0.2', '--windows=32', '--device=cpu', '--max_steps=4'])
+    repair_accuracy.main([f'--out_dir={run_dir}', '--share=0.2', '--windows=32', '--device=cpu', '--max_steps=4'])
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    assert list(found) == [f'{source}, {way}' for source in mending.SOURCES for way in WAYS]
+    assert list(found) == [f'{source}, {way}' for source in repair_accuracy.SOURCES for way in WAYS]
     row = found['by chance, flag']
     assert row['wrong'] == pytest.approx(3 / 16) and row['precision'] > 2 * row['wrong'] and row['recall'] > 0.2
     assert row['wrong_after'] < row['wrong'] and 'spoiled' in out
@@ -99,4 +98,4 @@ def test_mistakes_are_one_line(run_dir, encoder):
                 '--windows=-1': 'windows'}
     for mistake, words in mistakes.items():
         with pytest.raises(UserError, match=words):
-            mending.main([f'--out_dir={run_dir}', mistake])
+            repair_accuracy.main([f'--out_dir={run_dir}', mistake])

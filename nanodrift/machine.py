@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, one_of
+from nanodrift.options import UserError, one_of
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -93,16 +93,11 @@ def exact(device):
         torch.set_float32_matmul_precision(precision)
 
 
-def packed_linear(weight, bias, rows):
-    """A function x (..., K) -> x @ weight^T + bias (..., N) over a copy of weight (N, K), float32 on a CPU, in the layout
-    that is fastest to read for so many rows of x: reading the weights is what such a product takes its time for."""
-    if rows == 1 and len(weight) > weight.size(1) and bias is None:  # MKL adds long columns faster than it sums short rows
-        columns = weight.t().contiguous()
-        return lambda x: x @ columns
-    if not torch.backends.mkldnn.is_available():
-        return lambda x: torch.nn.functional.linear(x, weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'none', [], '')
+def compute_dtype(tensor):
+    """The type that matrix products of this tensor run in: autocast's, or its own."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
 
 
 def compiler_works(device):

@@ -1,7 +1,7 @@
 """
 Drifting where it can be seen: one-step generators of points in the plane, and a figure of how they came about.
 
-    python drifting_2d.py --figure=drifting_2d.png
+    python -m experiments.drifting_2d --figure=drifting_2d.png
 
 The same field as for text (drifting.py), with the points themselves for features and no floor under the affinities, which
 would drown in it where batches are as large as here. Each generator is measured by the sliced
@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 from matplotlib.backend_bases import FigureCanvasBase
 
-from configurator import UserError, configure, one_of, option, run
-from data import derive_seed
-from drifting import drift
+from nanodrift.data import Stream, derive_seed
+from nanodrift.drifting import drift
+from nanodrift.options import UserError, check_options, configure, one_of, option, run, split_numbers
 
 EVALUATED, COMPARED = 4096, 10
 DIRECTIONS = 200
@@ -34,24 +34,17 @@ DIRECTIONS = 200
 class PlaneConfig:
     """What is learned, and how long."""
     data: str = option('moons,ring,checkerboard', 'which distributions, separated by commas')
-    seeds: str = option('1,2,3', 'one generator for each')
-    steps: int = option(2000, 'iterations of training')
-    batch_size: int = option(512, 'generated points of an iteration, and as many of the data')
-    learning_rate: float = option(2e-3, 'highest learning rate; cosine to zero')
-    ema: float = option(0.99, 'decay of the moving average that is measured')
+    seeds: str = option('1,2,3', 'one generator for each', items=int, at_least=0, below=2 ** 32)
+    steps: int = option(2000, 'iterations of training', at_least=10)
+    batch_size: int = option(512, 'generated points of an iteration, and as many of the data', at_least=2)
+    learning_rate: float = option(2e-3, 'highest learning rate; cosine to zero', above=0)
+    ema: float = option(0.99, 'decay of the moving average that is measured', at_least=0, below=1)
     figure: str = option('drifting_2d.png', 'where the figure goes')
 
     def __post_init__(self):
+        check_options(self)
         for name in self.data.split(','):
             one_of('data', name, DATA)
-        if not all(seed.isdecimal() for seed in self.seeds.split(',')):
-            raise UserError(f'seeds={self.seeds!r} must be whole numbers, separated by commas')
-        if not all(int(seed) < 2 ** 32 for seed in self.seeds.split(',')):
-            raise UserError(f'seeds={self.seeds!r} must be below 2 ** 32')
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f'learning_rate={self.learning_rate} must be above 0, and finite')
-        if self.steps < 10 or self.batch_size < 2 or not 0 <= self.ema < 1:
-            raise UserError('steps must be at least 10, batch_size at least 2, ema at least 0 and below 1')
         if not os.path.isdir(os.path.dirname(self.figure) or '.'):
             raise UserError(f'figure={self.figure}: there is no such folder')
         kind = os.path.splitext(self.figure)[1][1:]
@@ -114,16 +107,16 @@ def measure(points, sample, rng):
 
 def train(sample, config, seed):
     """-> points of the averaged generator: at the start, after a tenth, a third and all of the steps."""
-    rng = torch.Generator().manual_seed(derive_seed(seed, 8))
+    rng = torch.Generator().manual_seed(derive_seed(seed, Stream.POINTS))
     torch.manual_seed(seed)
     model = PointGenerator()
-    average = copy.deepcopy(model)
+    ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     shown, noise = [], torch.randn(EVALUATED, 2, generator=rng)
     for step in range(config.steps + 1):
         if step in (0, config.steps // 10, config.steps // 3, config.steps):
             with torch.no_grad():
-                shown.append(average(noise))
+                shown.append(ema(noise))
         for group in optimizer.param_groups:
             group['lr'] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         x = model(torch.randn(config.batch_size, 2, generator=rng))
@@ -134,20 +127,21 @@ def train(sample, config, seed):
         optimizer.step()
         decay = min(config.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return shown
 
 
 def main(argv):
     config, _ = configure(argv, PlaneConfig, description=__doc__)
-    names, seeds = config.data.split(','), [int(seed) for seed in config.seeds.split(',')]
+    names, seeds = config.data.split(','), split_numbers(config.seeds)
     figure, axes = plt.subplots(len(names), 5, figsize=(15, 3.1 * len(names)), squeeze=False)
     found = {}
     for row, name in zip(axes, names):
         ratios = []
         for seed in seeds:
             shown = train(DATA[name], config, seed)
-            mine, floor, real = measure(shown[-1], DATA[name], torch.Generator().manual_seed(derive_seed(seed, 9)))
+            rng = torch.Generator().manual_seed(derive_seed(seed, Stream.MEASURED_POINTS))
+            mine, floor, real = measure(shown[-1], DATA[name], rng)
             ratios.append(mine / floor)
             print(f'{name}, seed {seed}: sliced Wasserstein distance {mine:.4f}, of a second sample {floor:.4f}', flush=True)
         found[name] = ratios

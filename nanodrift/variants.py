@@ -23,5 +23,17 @@ VARIANTS = {
     'drifting': {'model_type': 'drifting'},
     'drifting straight': {'model_type': 'drifting', 'drift_output': 'straight'},
 }
-_FIRST = {changes.get('model_type', 'gpt2'): name for name, changes in reversed(VARIANTS.items())}
-EACH_TYPE = tuple(reversed(_FIRST.values()))  # the first variant of each type
+
+
+def variants_of(model_types):
+    """{name: settings}: VARIANTS, and each model type that has none of its own there."""
+    known = {changes.get('model_type', 'gpt2') for changes in VARIANTS.values()}
+    return VARIANTS | {kind: {'model_type': kind} for kind in model_types if kind not in known}
+
+
+def first_of_each_type(variants):
+    """The names of the first variant of each model type."""
+    first = {}
+    for name, changes in variants.items():
+        first.setdefault(changes.get('model_type', 'gpt2'), name)
+    return list(first.values())

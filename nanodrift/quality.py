@@ -18,9 +18,9 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-import ngrams
-from data import derive_seed
-from objectives import sum_in_chunks
+from nanodrift import ngrams
+from nanodrift.data import derive_seed
+from nanodrift.objectives import sum_in_chunks
 
 FOLDS = 5
 MAUVE_SEEDS, MAUVE_SCALE, MAUVE_POINTS = 5, 5.0, 100

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
-from configurator import UserError
-from machine import Ranks
 from model import GPT, GPTConfig
+from nanodrift import checkpoint
+from nanodrift.machine import Ranks
+from nanodrift.options import UserError
 from train import Trainer
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
@@ -56,7 +56,7 @@ def vocab_size(tiny):
 def test_plain_gpt2_starts_any_type_and_only_its_own_weights_are_fresh(tmp_path, start, vocab_size, name):
     folder = hf_folder(tmp_path, vocab_size)
     trainer, said = start(folder, **options(name))
-    _, weights = checkpoint.load_hf(folder)
+    _, weights = huggingface.load_gpt2(folder)
     own = trainer.model.state_dict()
     fresh = [key for key in own if key not in weights]
     for key in weights:
@@ -106,7 +106,7 @@ def test_published_weights_come_in_by_their_own_name_and_only_into_a_run(tmp_pat
     (tmp_path / 'config.json').write_text(json.dumps(config | {'model_type': 'dd-gpt2'}))
     assert 'starting fresh: nothing' in start(folder, **changes)[1]
     with pytest.raises(UserError, match='dd-gpt2.*--model_type'):
-        checkpoint.load_model(checkpoint.open_run(f'hf:{folder}'))
+        load_model(huggingface.open_run(f'hf:{folder}'))
 
 
 @pytest.mark.parametrize('name', TYPES)
@@ -164,7 +164,7 @@ def test_duos_mask_is_the_last_row_of_a_table_one_longer(tmp_path, start, vocab_
     folder = hf_folder(tmp_path, vocab_size + 1)
     trainer, said = start(folder, model_type='duo', published=True)
     assert 'starting fresh: nothing' in said and trainer.model.config.vocab_size == vocab_size
-    table = checkpoint.load_hf(folder)[1]['transformer.wte.weight']
+    table = huggingface.load_gpt2(folder)[1]['transformer.wte.weight']
     assert torch.equal(trainer.model.transformer.wte.weight[:vocab_size + 1], table[:vocab_size + 1])
     with pytest.raises(UserError, match='vocabulary'):
         start(folder, model_type='gpt2')

@@ -20,7 +20,7 @@ import urllib.request
 
 import numpy as np
 
-from configurator import UserError
+from nanodrift.options import UserError
 
 EOT_TEXT = '<|endoftext|>'
 

@@ -13,7 +13,7 @@ from conftest import ROOT, resume
 from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
-from machine import Ranks, setup_ranks
+from nanodrift.machine import Ranks, setup_ranks
 
 TWO = dict(gradient_accumulation_steps=2)
 

@@ -9,6 +9,7 @@ stderr and exit code 2.
 """
 import argparse
 import difflib
+import math
 import os
 import runpy
 import sys
@@ -20,10 +21,68 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message says how. Scripts print it as one line and exit with 2."""
 
 
-def option(default, help, choices=None, numeric=False):
-    """A dataclass field that is also a command-line key, with its one-line meaning and, maybe, its allowed values; `numeric`
-    text may be given as a number."""
-    return field(default=default, metadata={'help': help, 'choices': choices, 'numeric': numeric})
+def option(default, help, choices=None, *, types=(), at_least=None, above=None, at_most=None, below=None, needs=None,
+           words=(), items=None):
+    """
+    A dataclass field that is also a command-line key, with its one-line meaning and what it declares of itself:
+
+    choices: its allowed values. at_least, above, at_most, below: its range; a number must be finite in any case.
+    types: the model types that have it, one or several; in all others it must keep its default.
+    needs: {another option: the value without which this one has no effect}.
+    words: text that is one of these words or a number. items: int or float; text that is such numbers, comma between them.
+    """
+    bounds = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
+    return field(default=default, metadata={
+        'help': help, 'choices': choices, 'words': words, 'items': items, 'needs': needs or {},
+        'types': (types,) if isinstance(types, str) else types,
+        'bounds': {word: bound for word, bound in bounds.items() if bound is not None}})
+
+
+def check_options(config):
+    """Raises UserError where a dataclass of options breaks what they declare of themselves."""
+    declared = {f.name: f.metadata for f in fields(config)}
+    for f in fields(config):
+        name, value, rules = f.name, getattr(config, f.name), f.metadata
+        if rules['types'] and config.model_type not in rules['types'] and value != f.default:
+            raise UserError(f"{name} is an option of model_type {' and '.join(rules['types'])}, not of {config.model_type}")
+        if rules['choices']:
+            one_of(name, value, rules['choices'])
+        for number in numbers_of(name, value, rules):
+            check_range(name, number, rules['bounds'])
+        for other, needed in rules['needs'].items():
+            owners = declared[other]['types']
+            applies = not owners or config.model_type in owners
+            if value != f.default and applies and getattr(config, other) != needed:
+                raise UserError(f'{name}={value} has no effect without {other}={needed}')
+
+
+def numbers_of(name, value, rules):
+    """The numbers in an option's value that have a range. Raises UserError where text is not the numbers it should be."""
+    try:
+        if rules['words']:
+            return [] if value in rules['words'] else [float(value)]
+        if rules['items']:
+            return split_numbers(value, rules['items'])
+    except ValueError:
+        if rules['words']:
+            raise UserError(f"{name}={value!r} is neither a number nor one of: {', '.join(rules['words'])}") from None
+        kind = 'whole numbers' if rules['items'] is int else 'numbers'
+        raise UserError(f'{name}={value!r} must be {kind}, separated by commas') from None
+    return [value] if isinstance(value, (int, float)) and rules['bounds'] else []
+
+
+def split_numbers(text, kind=int):
+    """'1,2' -> (1, 2). Raises ValueError where there is none, or something else."""
+    return tuple(kind(item) for item in text.split(','))
+
+
+def check_range(name, value, bounds):
+    """Raises UserError unless a number is finite and within bounds, which are named as in the message: {'at least': 0}."""
+    within = {'at least': value >= bounds.get('at least', value), 'above': value > bounds.get('above', -math.inf),
+              'at most': value <= bounds.get('at most', value), 'below': value < bounds.get('below', math.inf)}
+    if not math.isfinite(value) or not all(within[word] for word in bounds):
+        words = ' and '.join(f'{word} {bound}' for word, bound in bounds.items())
+        raise UserError(f'{name}={value} must be {words}' + ', and finite' * isinstance(value, float))
 
 
 def one_of(name, value, choices):
@@ -33,11 +92,11 @@ def one_of(name, value, choices):
     return value
 
 
-def parse(name, value, kind, choices=None, numeric=False):
+def parse(name, value, kind, choices=None, number_allowed=False):
     """Turns `value` (a string from the command line, or a value from a config file) into the type `kind`.
 
-    An int is accepted where a float is asked for, '1e4' where an int is; 'true/false/1/0' for a bool; where `numeric`,
-    a number for text."""
+    An int is accepted where a float is asked for, '1e4' where an int is; 'true/false/1/0' for a bool; where
+    `number_allowed`, a number for text."""
     try:
         if kind is bool:
             value = {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
@@ -51,7 +110,7 @@ def parse(name, value, kind, choices=None, numeric=False):
             if isinstance(value, bool):
                 raise ValueError
             value = float(value)
-        elif numeric and type(value) in (int, float):
+        elif number_allowed and type(value) in (int, float):
             value = str(value)
         elif not isinstance(value, str):
             raise ValueError
@@ -59,6 +118,21 @@ def parse(name, value, kind, choices=None, numeric=False):
         expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[kind]
         raise UserError(f"{name}={value!r}: expected {expected}") from None
     return one_of(name, value, choices) if choices else value
+
+
+def parse_option(f, value):
+    """`parse` for a dataclass field that `option` made."""
+    return parse(f.name, value, f.type, f.metadata['choices'], bool(f.metadata['words'] or f.metadata['items']))
+
+
+def from_stored(cls, values, what):
+    """An instance of a dataclass of options from values that were stored. Raises UserError on what this version does not
+    know, and on values of a wrong type; `what` names them in the message."""
+    known = {f.name: f for f in fields(cls)}
+    unknown = set(values) - set(known)
+    if unknown:
+        raise UserError(f'{what} unknown here: {", ".join(sorted(unknown))}')
+    return cls(**{name: parse_option(known[name], value) for name, value in values.items()})
 
 
 def unknown_key(name, known, where):
@@ -91,8 +165,9 @@ def _build_parser(classes, description, positional):
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         for f in fields(cls):
-            choices = f.metadata.get('choices')
-            text = f.metadata.get('help', '') + (f" ({', '.join(map(str, choices))})" if choices else '')
+            choices = f.metadata['choices']
+            owners = f"{', '.join(f.metadata['types'])}: " if f.metadata['types'] else ''
+            text = owners + f.metadata['help'] + (f" ({', '.join(map(str, choices))})" if choices else '')
             default = '' if f.default is MISSING else f" [{f.default!r}]"
             flag = {'nargs': '?', 'const': 'True'} if f.type is bool else {}  # --animate alone is --animate=True
             group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, **flag,
@@ -120,9 +195,7 @@ def read_values(argv, *classes, description=None, positional=('config', 'config 
                 raise unknown_key(key, known, path)
             values[key] = value
     values.update(given)
-    rules = {key: known[key].metadata for key in values}
-    return {key: parse(key, value, known[key].type, rules[key].get('choices'), rules[key].get('numeric', False))
-            for key, value in values.items()}, words
+    return {key: parse_option(known[key], value) for key, value in values.items()}, words
 
 
 def build(values, *classes):

@@ -1,8 +1,8 @@
 """
 Figures of one or several runs, from their metrics.jsonl.
 
-    python plot_results.py logs/standard logs/heat --out=figures
-    python plot_results.py out-compare-* --out=figures
+    python -m experiments.plot_results logs/standard logs/heat --out=figures
+    python -m experiments.plot_results out-compare-* --out=figures
 
 Draws what the runs have measured: loss, accuracy and perplexity against steps; and of runs of train_diffusion_attention.py
 the training dynamics of calibration, the trade-off between perplexity and calibration, reliability diagrams, and, where the
@@ -13,13 +13,8 @@ import math
 import os
 from dataclasses import dataclass
 
-import matplotlib
-
-from configurator import UserError, configure, option, run
-
-matplotlib.use('Agg')  # files only: no window
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from nanodrift.options import UserError, configure, option, run
+from nanodrift.report import figure, reliability
 
 
 @dataclass
@@ -67,21 +62,6 @@ class Run:
         return self.config.get('n_layer')
 
 
-def figure(path, title, x, y, draw):
-    """One labelled picture; `draw(axes)` puts the data in."""
-    fig, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    draw(axes)
-    axes.set(title=title, xlabel=x, ylabel=y)
-    if x == 'layers':
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-    print(path)
-
-
 def curves(runs, name):
     def draw(axes):
         for r in runs:
@@ -94,14 +74,6 @@ def trade_off(axes, runs):
         pairs = [(e['val_perplexity'], e['val_ece']) for e in r.evaluations if e.get('val_ece') is not None and e['iter']]
         axes.plot(*zip(*pairs), marker='o', markersize=3, label=r.name)
     axes.set_xscale('log')
-
-
-def reliability(axes, named):
-    """named: {name: (bins, ECE)}, bins as `calibration.calibration` gives them."""
-    axes.plot([0, 1], [0, 1], color='gray', linestyle='--', label='calibrated')
-    for number, (name, (bins, ece)) in enumerate(named.items()):
-        points = [(confidence, accuracy) for n, confidence, accuracy in bins if n]
-        axes.plot(*zip(*points), color=f'C{number % 10}', marker='o', markersize=3, label=f'{name} (ECE {ece:.3f})')
 
 
 def by_kind_and_depth(runs):

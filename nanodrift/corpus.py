@@ -19,8 +19,8 @@ import urllib.request
 from dataclasses import dataclass
 from functools import partial
 
-from configurator import UserError
-from tokenizer import EOT_TEXT, download, write_atomically
+from nanodrift.options import UserError
+from nanodrift.tokenizer import EOT_TEXT, download, write_atomically
 
 PIECE = 1 << 18             # bytes read at a time, and about the characters that one task encodes
 KEY = 1 << 14               # the characters at the start of a document that choose its split
@@ -31,7 +31,6 @@ HUB = {     # dataset: repository and configuration on the Hugging Face hub, wit
     'wikitext-2': ('Salesforce/wikitext', 'wikitext-2-raw-v1'),
     'wikitext-103': ('Salesforce/wikitext', 'wikitext-103-raw-v1'),
 }
-DATASETS = ('python', *HUB, 'shakespeare')
 OFFLINE = '`python prepare.py python` and --input=PATH work offline'
 
 # An article's title in WikiText is ` = Title = `; its sections are ` = = Section = = ` and deeper.

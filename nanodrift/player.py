@@ -5,13 +5,13 @@ import itertools
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
-from configurator import UserError
+from nanodrift.options import UserError
 
 OPEN = '·'
 SECONDS_PER_FRAME, SECONDS_AT_MOST = 0.15, 20
@@ -19,7 +19,7 @@ OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
 
 
 @dataclass
-class Film:
+class Recording:
     """One sample's refinement. `frames`: for each step, for each position (text, confidence, revised); text is None where
     it is open. `fixed`: whether a position was given. `passes`: forward passes so far, for each step."""
     frames: list
@@ -29,15 +29,15 @@ class Film:
     @classmethod
     def of(cls, steps, tokenizer, mask):
         """Of the first row of refinement.Steps, the first of them before anything was done."""
-        ever, film = set(), None
+        ever, recording = set(), None
         for step in steps:
             ids, confidence = step.ids[0].tolist(), step.confidence[0].tolist()
-            film = film or cls([], [i != mask for i in ids], [])
+            recording = recording or cls([], [i != mask for i in ids], [])
             ever |= set(step.revised[0].nonzero().flatten().tolist())
-            film.frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever)
+            recording.frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever)
                                 for n, (i, c) in enumerate(zip(ids, confidence))])
-            film.passes.append(int(step.passes[0]))
-        return film
+            recording.passes.append(int(step.passes[0]))
+        return recording
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def visible(text):
     return ''.join(c if c.isprintable() else '⏎' if c == '\n' else ' ' if c in '\t\r' else '?' for c in text)
 
 
-def cells(film):
-    """The width of each position: that of its widest token, so that nothing moves while the film plays."""
-    return [max(1 if frame[n][0] is None else cell_len(visible(frame[n][0])) for frame in film.frames)
-            for n in range(len(film.fixed))]
+def cells(recording):
+    """The width of each position: that of its widest token, so that nothing moves while it plays."""
+    return [max(1 if frame[n][0] is None else cell_len(visible(frame[n][0])) for frame in recording.frames)
+            for n in range(len(recording.fixed))]
 
 
 def colour(confidence):
@@ -80,35 +80,35 @@ def view(frame, lines, height):
     return lines[start:start + height]
 
 
-def picture(film, number, widths, columns, height):
+def picture(recording, number, widths, columns, height):
     """Frame `number` as rich Text of so many columns and, while something is open, at most so many lines: given text bold,
     committed text coloured by confidence, revised text underlined."""
-    frame = film.frames[number]
-    text = Text(f'step {number}, {film.passes[number]} forward passes', no_wrap=True)
+    frame = recording.frames[number]
+    text = Text(f'step {number}, {recording.passes[number]} forward passes', no_wrap=True)
     for line in view(frame, lines_of(widths, columns), height - 1):
         text.append('\n')
         for n in line:
             token, confidence, revised = frame[n]
-            style = 'dim' if token is None else 'bold' if film.fixed[n] else colour(confidence) + ' underline' * revised
+            style = 'dim' if token is None else 'bold' if recording.fixed[n] else colour(confidence) + ' underline' * revised
             shown = OPEN if token is None else visible(token)
             text.append(shown, style)
             text.append(' ' * (widths[n] - cell_len(shown)))
     return text
 
 
-def play(film, console):
-    """Plays a Film; where stdout is no terminal it is printed, a line of marks for each step."""
+def play(recording, console):
+    """Plays a Recording; where stdout is no terminal it is printed, a line of marks for each step."""
     if not console.is_terminal:
-        for number, frame in enumerate(film.frames):
+        for number, frame in enumerate(recording.frames):
             marks = ''.join(OPEN if token is None else '=' if fixed else '~' if revised else '#'
-                            for (token, _, revised), fixed in zip(frame, film.fixed))
-            print(f'step {number:3d}, {film.passes[number]:3d} passes  {marks}')
+                            for (token, _, revised), fixed in zip(frame, recording.fixed))
+            print(f'step {number:3d}, {recording.passes[number]:3d} passes  {marks}')
         return
-    widths = cells(film)
+    widths = cells(recording)
     with Live(console=console, auto_refresh=False, vertical_overflow='crop') as live:
-        for number in range(len(film.frames)):
-            live.update(picture(film, number, widths, *console.size), refresh=True)
-            time.sleep(min(SECONDS_PER_FRAME, SECONDS_AT_MOST / len(film.frames)))
+        for number in range(len(recording.frames)):
+            live.update(picture(recording, number, widths, *console.size), refresh=True)
+            time.sleep(min(SECONDS_PER_FRAME, SECONDS_AT_MOST / len(recording.frames)))
 
 
 def whole_characters(kinds, *texts):
@@ -122,15 +122,15 @@ def whole_characters(kinds, *texts):
     return kinds
 
 
-def diff(tokenizer, before, after, doubted, colours):
-    """A text whose doubted tokens were rewritten: what went in red, what came in green, what was confirmed in yellow;
+def diff(tokenizer, before, after, flagged, colours):
+    """A text whose flagged tokens were rewritten: what went in red, what came in green, what was confirmed in yellow;
     without colours as [-went-]{+came+}. Everything else stands as it stood."""
-    kinds = [0 if not wrong else 1 if old == new else 2 for old, new, wrong in zip(before, after, doubted)]
+    kinds = [0 if not wrong else 1 if old == new else 2 for old, new, wrong in zip(before, after, flagged)]
     texts = [[tokenizer.decode_bytes([i]) for i in ids] for ids in (before, after)]
     kinds = [('kept', 'same', 'new')[kind] for kind in whole_characters(kinds, *texts)]
     text, start = '', 0
-    for kind, its in itertools.groupby(kinds):
-        run = slice(start, start + len(list(its)))
+    for kind, tokens in itertools.groupby(kinds):
+        run = slice(start, start + len(list(tokens)))
         start = run.stop
         was, now = tokenizer.decode(before[run]), tokenizer.decode(after[run])
         if kind == 'kept' or (kind == 'same' and not colours):
@@ -145,14 +145,14 @@ def diff(tokenizer, before, after, doubted, colours):
 # ---------------------------------------------------------------------------------------------------------------------
 # a page
 
-def write_page(film, path):
-    """Writes a page that plays a Film, with nothing loaded from elsewhere. Raises UserError if it cannot."""
+def write_page(recording, path):
+    """Writes a page that plays a Recording, with nothing loaded from elsewhere. Raises UserError if it cannot."""
     here = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(here, 'watch.html'), encoding='utf-8') as f:
+    with open(os.path.join(here, 'player.html'), encoding='utf-8') as f:
         template = f.read()
-    data = json.dumps({'frames': film.frames, 'fixed': film.fixed, 'passes': film.passes}).replace('<', '\\u003c')
+    data = json.dumps(asdict(recording)).replace('<', '\\u003c')  # or a token could end the script
     try:
         with open(path, 'w', encoding='utf-8') as f:
-            f.write(template.replace('/*FILM*/null', data))
+            f.write(template.replace('/*RECORDING*/null', data))
     except OSError as e:
         raise UserError(f'cannot write the page {path}: {e.strerror}') from None

@@ -10,11 +10,15 @@ import platform
 import statistics
 
 import jinja2
+import matplotlib
 import torch
 
-import checkpoint
-from configurator import UserError
-from plot_results import plt, reliability
+from nanodrift import checkpoint
+from nanodrift.options import UserError
+
+matplotlib.use('Agg')  # files only: no window
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LIKELIHOOD = {'loss': 'loss', 'stderr': 'standard error', 'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy',
@@ -92,9 +96,11 @@ def numbers_of(run):
     """{column: number} of one run; missing where its type has none."""
     likely, quality = run['evaluation']['likelihood'], run['evaluation']['quality']
     n, p = run['evaluation']['asked']['samples'], quality.get('classifier')
-    found = {'likelihood': likely | {'loss': likely.get('bound', likely.get('loss')), 'stderr': likely.get('nelbo_stderr'),
-                                     'trained': run['speed']}}
-    return found | {'quality': quality if p is None else quality | {'classifier_stderr': classifier_stderr(p, n)}}
+    likely = likely | {'loss': likely.get('bound', likely.get('loss')), 'stderr': likely.get('nelbo_stderr'),
+                       'trained': run['speed']}
+    if p is not None:
+        quality = quality | {'classifier_stderr': classifier_stderr(p, n)}
+    return {'likelihood': likely, 'quality': quality}
 
 
 def classifier_stderr(p, n):
@@ -105,7 +111,7 @@ def classifier_stderr(p, n):
 def row_of(name, runs):
     """The means over seeds of one variant: {column: (mean, deviation) or None} in two parts."""
     numbers = [numbers_of(run) for run in runs]
-    parts = {part: {key: spread_of([its[part].get(key) for its in numbers]) for key in columns}
+    parts = {part: {key: spread_of([of_run[part].get(key) for of_run in numbers]) for key in columns}
              for part, columns in (('likelihood', LIKELIHOOD), ('quality', QUALITY))}
     return {'variant': name, 'bound': 'bound' in runs[0]['evaluation']['likelihood']} | parts
 
@@ -145,6 +151,29 @@ def picture(title, x, y, draw):
     return address, f'{title}: {y} against {x}, of {", ".join(names)}'
 
 
+def figure(path, title, x, y, draw):
+    """Writes one labelled picture to a file; `draw(axes)` puts the data in."""
+    fig, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    draw(axes)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    if x == 'layers':
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+    print(path)
+
+
+def reliability(axes, named):
+    """named: {name: (bins, ECE)}, bins as metrics.Calibration gives them."""
+    axes.plot([0, 1], [0, 1], color='gray', linestyle='--', label='calibrated')
+    for number, (name, (bins, ece)) in enumerate(named.items()):
+        points = [(confidence, accuracy) for n, confidence, accuracy in bins if n]
+        axes.plot(*zip(*points), color=f'C{number % 10}', marker='o', markersize=3, label=f'{name} (ECE {ece:.3f})')
+
+
 def curve(run, key, against):
     """Points of a run's evaluations: tokens or seconds of training, and the value. That of the initial weights is left out,
     which would press all others together."""
@@ -172,39 +201,39 @@ def draw_scatter(axes, rows):
 
 def pictures(variants, rows):
     likely = {name: runs for name, runs in variants.items() if 'loss' in runs[0]['evaluation']['likelihood']}
-    found = []
+    drawn = []
     for key, title, y in (('val_loss', 'Validation loss, causal types', 'nats per token'),
                           ('val_accuracy', 'Next-token accuracy', 'share of positions')):
         for against in ('tokens', 'seconds'):
-            found.append(picture(title, f'{against} of training', y,
+            drawn.append(picture(title, f'{against} of training', y,
                                  lambda axes, key=key, against=against: draw_curves(axes, likely, key, against)))
     first = {name: runs[0]['evaluation']['likelihood'] for name, runs in variants.items()}
-    bins = {name: (its['bins'], its['ece']) for name, its in first.items() if 'bins' in its}
-    found.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
+    bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in first.items() if 'bins' in numbers}
+    drawn.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
     if any(row['quality']['classifier'] for row in rows):
-        found.append(picture('Speed and quality of sampling', 'tokens per second',
+        drawn.append(picture('Speed and quality of sampling', 'tokens per second',
                              'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))
-    return found
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
-def write(out_dir, facts, variants, beside):
+def write(out_dir, facts, variants, helpers):
     """Writes results.json and report.html; returns the page's path and the rows.
 
-    variants: {name: runs, as `collect` gives them, each with its 'evaluation'}; beside: the runs that helped."""
+    variants: {name: runs, as `collect` gives them, each with its 'evaluation'}; helpers: judge and encoder."""
     rows = [row_of(name, runs) for name, runs in variants.items()]
     compared = [run for runs in variants.values() for run in runs]
     others = next((run['evaluation']['others'] for run in compared if 'others' in run['evaluation']), {})
     n = facts['samples of each run']
-    others = {name: its | {'classifier_stderr': classifier_stderr(its['classifier'], n)} for name, its in others.items()}
-    facts = facts | {'hours of training': hours(compared), 'hours of judge and encoder': hours(beside),
+    others = {name: row | {'classifier_stderr': classifier_stderr(row['classifier'], n)} for name, row in others.items()}
+    facts = facts | {'hours of training': hours(compared), 'hours of judge and encoder': hours(helpers),
                      'hours of evaluation': hours([run['evaluation'] for run in compared])}
-    facts |= machine_facts(compared + beside)
+    facts |= machine_facts(compared + helpers)
     commands = {os.path.basename(run['settings']['out_dir']): {'command': run['command'],
                                                                'commit': run['settings']['commit']}
-                for run in beside + compared}
+                for run in helpers + compared}
     write_whole(os.path.join(out_dir, 'results.json'),
                 json.dumps({'facts': facts, 'rows': rows, 'others': others, 'commands': commands}, indent=1))
     with open(os.path.join(HERE, 'report.html'), encoding='utf-8') as f:

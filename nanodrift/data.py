@@ -2,16 +2,39 @@
 Windows of tokens out of data/<name>/{train,val}.bin, in an order that is a pure function of the seed and a number.
 
 The position in the data is one integer, the examples seen so far: it needs no state to resume, and any number of ranks
-reads the same examples.
+reads the same examples. Likewise every random number that does not come out of torch's global state comes out of one of the
+streams that are named here.
 """
+import glob
+import json
 import os
+import re
+from enum import IntEnum
 
 import numpy as np
 import torch
 
-from configurator import UserError, one_of
+from nanodrift.options import UserError, one_of
 
 ORDERS = ('epoch', 'random')
+DATASETS = ('python', 'tinystories', 'wikitext-2', 'wikitext-103', 'shakespeare')  # that prepare.py knows by name
+
+
+class Stream(IntEnum):
+    """The random streams of a seed, for `derive_seed`. Checkpoints and tables depend on their numbers."""
+    RANDOM_WINDOWS = 1   # offsets of --data_order=random
+    EPOCH_ORDER = 2      # the order of the windows of an epoch
+    TRAIN_BATCH = 3      # masks, replaced tokens and noise of a micro-batch of training
+    EVAL_BATCH = 4       # the same in evaluation
+    SAMPLES = 5          # what evaluate.py draws from models
+    HELD_OUT = 6         # which windows of held-out text samples are compared with
+    REFERENCE_ROWS = 7   # samples of n-gram models, shuffled spans
+    FIRST_TOKENS = 8     # that samples of causal models go on from
+    DRIFT_TARGETS = 9    # positions and prefix lengths of an iteration of drifting
+    SHOWN_TEXTS = 10     # samples in a report
+    REPLACED_TOKENS = 9  # of experiments/repair_accuracy.py
+    POINTS = 8           # of experiments/drifting_2d.py: its training
+    MEASURED_POINTS = 9  # and its measurement
 
 
 def mix(x):
@@ -27,7 +50,7 @@ def derive_seed(*numbers):
     with np.errstate(over='ignore'):
         seed = np.uint64(0)
         for n in numbers:
-            seed = mix(seed ^ np.uint64(n % 2 ** 64))
+            seed = mix(seed ^ np.uint64(int(n) % 2 ** 64))
     return int(seed >> np.uint64(1))
 
 
@@ -80,13 +103,13 @@ class Windows:
         numbers = np.asarray(numbers, dtype=np.uint64)
         if self.order == 'random':
             with np.errstate(over='ignore'):
-                draws = mix(mix(numbers) ^ np.uint64(derive_seed(self.seed, 1)))
+                draws = mix(mix(numbers) ^ np.uint64(derive_seed(self.seed, Stream.RANDOM_WINDOWS)))
             return (draws % np.uint64(self.tokens - self.window + 1)).astype(np.int64)
         epochs, places = np.divmod(numbers, np.uint64(len(self)))
         index = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            index[here] = permute(places[here], len(self), derive_seed(self.seed, 2, int(epoch)))
+            index[here] = permute(places[here], len(self), derive_seed(self.seed, Stream.EPOCH_ORDER, int(epoch)))
         return index * self.stride
 
     def read(self, offsets):
@@ -102,3 +125,35 @@ class Windows:
         """Offsets of `count` windows, or of all if there are fewer, spread evenly over the file and always the same."""
         count = min(count, len(self))
         return np.linspace(0, len(self) - 1, count).round().astype(np.int64) * self.stride
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# meta.json
+
+def prepare_command(name):
+    """The command that makes the data set `name`."""
+    known = re.fullmatch(rf"({'|'.join(DATASETS)})(?:_(byte|char|bpe(?=\d))(\d*))?", name)
+    if not known:
+        return f'python prepare.py --input=PATH --name={name}'
+    dataset, tokenizer, size = known.groups()
+    return f'python prepare.py {dataset}' + (f' --tokenizer={tokenizer}{":" * bool(size)}{size}' if tokenizer else '')
+
+
+def load_meta(folder):
+    """The meta.json of a data set, as a dict. Raises UserError, with the command that makes it, where the data set is
+    missing or incomplete."""
+    data_dir, name = os.path.split(os.path.abspath(folder))
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        complete = all(os.path.getsize(os.path.join(folder, f'{split}.bin')) ==
+                       counts['tokens'] * np.dtype(meta['dtype']).itemsize for split, counts in meta['splits'].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        there = sorted(os.path.basename(os.path.dirname(path)) for path in
+                       glob.glob(os.path.join(glob.escape(data_dir), '[!.]*', 'meta.json')))
+        state = 'is incomplete' if os.path.isdir(folder) else 'does not exist'
+        raise UserError(f'the data set {folder} {state}: run `{prepare_command(name)}` first; '
+                        f'prepared so far: {", ".join(there) or "none"}')
+    return meta

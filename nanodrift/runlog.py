@@ -9,7 +9,12 @@ import sys
 import torch
 from tqdm import tqdm
 
-from configurator import UserError
+from nanodrift.options import UserError
+
+# of an evaluation, on the terminal; everything is in metrics.jsonl
+SHOWN = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_accuracy': 'accuracy',
+         'val_bits_per_byte': 'bits per byte', 'val_bits_per_byte_bound': 'bits per byte', 'val_floor': 'floor',
+         'val_diversity': 'diversity'}
 
 
 class RunLog:
@@ -83,17 +88,18 @@ class RunLog:
                   flush=True)
 
     def evaluation(self, metrics):
-        """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well. What has a number in
-        its name is a detail for metrics.jsonl."""
+        """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well. A line on the
+        terminal has the most important numbers, metrics.jsonl has all."""
         if self.trainer.objective.val_metric in ('loss', 'nelbo'):
             val = self.trainer.meta['splits']['val']
             name = 'val_bits_per_byte' + '_bound' * (self.trainer.objective.val_metric == 'nelbo')
             metrics[name] = metrics['val_loss'] / math.log(2) * val['tokens'] / val['bytes']
         self._write(metrics)
-        titles = {'val_loss': 'val loss <='} if self.trainer.objective.val_metric == 'nelbo' else {}  # a bound
-        shown = [f'{titles.get(name, name.replace("_", " "))} {value:.4f}' for name, value in metrics.items()
-                 if isinstance(value, float) and not any(c.isdigit() for c in name)]
-        self.trainer.say(f'iter {self.trainer.iter_num}: {", ".join(shown)}')
+        shown = [f'{title} {metrics[name]:.4f}' for name, title in SHOWN.items() if name in metrics]
+        line = f'iter {self.trainer.iter_num}: {", ".join(shown)}'
+        if self.trainer.objective.val_metric == 'nelbo':  # it is a bound
+            line = line.replace('val loss', 'val loss <=').replace('bits per byte', 'bits per byte <=')
+        self.trainer.say(line)
         if metrics.get('val_collapsed'):
             self.trainer.say('the generator has collapsed: fewer than half of the distinct 2-grams of real text')
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from test_model import SIZES, make, tokens
 
 import train
-from configurator import UserError
-from model import ENCODER_OPTIONS, GPT, MODEL_TYPES, OPTIONS, GPTConfig, KVCache, score_pieces
+from model import GPT, TYPES, GPTConfig
+from nanodrift.kernels import KVCache, score_pieces
+from nanodrift.options import UserError
 
 VARIANTS = {  # every causal one, each option off its default at least once
     'gpt2': {},
@@ -822,7 +823,7 @@ def test_an_option_of_another_type_is_refused_by_name():
     for name in {name for names in OPTIONS.values() for name in names}:
         default = defaults[name]
         value = other[name] if isinstance(default, str) else not default if isinstance(default, bool) else default / 2 or 1
-        for model_type in MODEL_TYPES:
+        for model_type in TYPES:
             given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
             if name in OPTIONS[model_type]:
                 given = together.get(model_type, {}).get(name, {}) | given
@@ -831,7 +832,7 @@ def test_an_option_of_another_type_is_refused_by_name():
                 with pytest.raises(UserError, match=f'{name} is an option of model_type .*, not of {model_type}'):
                     GPTConfig(**given)
     causal = {changes.get('model_type', 'gpt2') for changes in VARIANTS.values()}
-    assert set(OPTIONS) == set(MODEL_TYPES) == causal | {'diffusion', 'drifting'}
+    assert set(OPTIONS) == set(TYPES) == causal | {'diffusion', 'drifting'}
 
 
 def test_help_tells_every_option_and_whose_it_is(capsys):

@@ -7,18 +7,18 @@ import pytest
 import torch
 from conftest import pseudo_text
 
-import checkpoint
-import plot_results
 import prepare
 import sample
 import train
 import train_diffusion_attention as experiment
-from calibration import BINS, calibration, calibration_sums, fit_temperature, score
-from calibration import main as calibration_main
-from configurator import UserError
+from experiments import plot_results
+from experiments.temperature import fit_temperature, score
+from experiments.temperature import main as temperature_main
 from model import GPT, GPTConfig
-from objectives import IGNORE, add, ignoring
-from plot_results import plt
+from nanodrift import checkpoint
+from nanodrift.objectives import IGNORE, ignoring
+from nanodrift.options import UserError
+from nanodrift.report import plt
 
 SMALL = ['--n_layers=2', '--d_model=16', '--d_ff=40', '--n_heads=2', '--seq_len=16', '--batch_size=4', '--eval_iters=2',
          '--eval_interval=2', '--max_iters=4', '--device=cpu', '--compile=False']
@@ -108,18 +108,18 @@ def test_the_fitted_temperature_is_the_best_one():
 
 def test_a_checkpoint_is_scored_on_one_half_and_scaled_by_the_other(go, tmp_path, capsys):
     folder = go('--max_iters=12', '--lr=1e-2')
-    calibration_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last'])
+    temperature_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last'])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found['temperature'] > 0 and found['temperature'] != 1
     assert found['as_it_is']['accuracy'] == found['scaled']['accuracy']  # no temperature changes the likeliest token
     assert found['as_it_is']['ece'] != found['scaled']['ece']
     before = found['as_it_is']
-    calibration_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', '--ignore_text=e'])
+    temperature_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', '--ignore_text=e'])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['as_it_is']['loss'] > before['loss']
     (tmp_path / 'a.txt').write_text(pseudo_text(2000))
     prepare.main([f'--input={tmp_path}/a.txt', '--name=other', '--tokenizer=char', f'--data_dir={tmp_path}'])
     with pytest.raises(UserError, match='tokenizer'):
-        calibration_main([f'--out_dir={folder}', f'--data={tmp_path}/other_char'])
+        temperature_main([f'--out_dir={folder}', f'--data={tmp_path}/other_char'])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_run_leaves_what_was_published_and_more(go, model, published):
         assert [len(times) for times in metrics['val_diffusion_times']] == [2, 2, 2]
         assert metrics['val_diffusion_times'][0] == pytest.approx([1.0, 1.0])
     state = checkpoint.load(str(folder / 'best_model.pt'))
-    assert state['model_args']['n_inner'] == 40 and checkpoint.load_model(state).config.n_layer == 2
+    assert state['model_args']['n_inner'] == 40 and load_model(state).config.n_layer == 2
 
 
 def test_the_recipe_is_the_published_one(data_dir):

@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 import pytest
 from conftest import run_script
 
-import configurator
 import train
-from configurator import UserError, build, configure, option, read_values
 from model import GPTConfig
+from nanodrift import options
+from nanodrift.options import UserError, build, configure, option, read_values
 
 
 @dataclass
@@ -122,7 +122,7 @@ def test_other_positionals_are_returned():
 def test_run_turns_a_user_error_into_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['somewhere/toy.py', '--sise=3'])
     with pytest.raises(SystemExit) as e:
-        configurator.run(lambda argv: toy(*argv))
+        options.run(lambda argv: toy(*argv))
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == '' and err.count('\n') == 1 and err.startswith('toy.py: ')
 
@@ -147,7 +147,7 @@ def test_mistakes_write_nothing(command_line, config_file, tmp_path, monkeypatch
     for mistake in mistakes:
         monkeypatch.setattr('sys.argv', ['train.py', *command_line(), *mistake])
         with pytest.raises(SystemExit) as e:
-            configurator.run(lambda argv: train.train(*train.read_settings(argv)))
+            options.run(lambda argv: train.train(*train.read_settings(argv)))
         out, err = capsys.readouterr()
         assert e.value.code == 2 and err.count('\n') == 1 and err.startswith('train.py: '), (mistake, err)
     assert not (tmp_path / 'run').exists()

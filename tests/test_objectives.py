@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import train
-from configurator import UserError
-from machine import Ranks
 from model import GPT, GPTConfig
-from objectives import (
+from nanodrift import checkpoint
+from nanodrift.machine import Ranks
+from nanodrift.objectives import (
     add,
     both_batches,
     count_batch,
@@ -26,6 +25,7 @@ from objectives import (
     repair_batch,
     weights_of_flags,
 )
+from nanodrift.options import UserError
 
 V, MASK = 11, 11
 PENALTIES = dict(penalty_keep_mask=0.25, penalty_mask_correct=0.5)
@@ -343,7 +343,7 @@ def test_a_causal_checkpoint_opened_up_keeps_its_weights(tiny, capsys):
         assert torch.equal(mine[name][:n], tensor[:n]), name
     assert torch.allclose(mine['transformer.wte.weight'][n], parent['ema']['transformer.wte.weight'][:n].mean(0), atol=1e-6)
     X = torch.randint(n, (1, 8))
-    parent = checkpoint.load_model(parent)
+    parent = load_model(parent)
     assert torch.allclose(trainer.model.eval()(X[:, :1])[0][0, 0, :n], parent(X[:, :1])[0][0, 0], atol=1e-5)
     assert not torch.allclose(trainer.model(X)[0][0, 0, :n], parent(X[:, :1])[0][0, 0], atol=1e-3)
     assert trainer.train() == 0
@@ -399,12 +399,12 @@ def test_the_moving_average_is_that_of_the_steps_and_is_what_evaluation_sees(tin
         for name, p in trainer.model.named_parameters():
             wanted[name] = decay * wanted[name] + (1 - decay) * p.detach()
     raw = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    averaged = trainer.average.state()
+    averaged = trainer.ema.state()
     for name in wanted:
         assert torch.allclose(averaged[name], wanted[name], atol=1e-7)
         assert torch.equal(dict(trainer.model.named_parameters())[name], raw[name])
     found = trainer.evaluate('val')
-    trainer.average = None
+    trainer.ema = None
     assert found != trainer.evaluate('val')
     trainer.model.load_state_dict(averaged)
     assert found == pytest.approx(trainer.evaluate('val'), nan_ok=True)

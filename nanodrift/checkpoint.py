@@ -1,0 +1,185 @@
+"""
+Checkpoints: tensors and plain Python values only, written so that a reader never sees half of one.
+
+Files first, then weights into a model that is there; model.py builds one from a checkpoint (`load_model`).
+"""
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+
+import torch
+
+from nanodrift.options import UserError, one_of
+
+FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
+EMBEDDING, POSITIONS = 'transformer.wte.weight', 'transformer.wpe.weight'  # the first is the head's too
+GPT2_NAMES = re.compile(r'(lm_head|transformer\.(wte|wpe|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj))))'
+                        r'\.(weight|bias)')
+
+
+def save(out_dir, state, names):
+    """Writes `state` once, and puts it under each of `names` ('best', 'last') in `out_dir` when it is whole and on disk.
+    Raises UserError if it cannot; what stood there before is then untouched."""
+    temporary = os.path.join(out_dir, 'ckpt.tmp')
+    try:
+        if os.path.exists(temporary):  # of a run that was killed; it may already be the best checkpoint by another name
+            os.remove(temporary)
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        *others, final = [os.path.join(out_dir, FILES[name]) for name in names]
+        for other in others:
+            hard_link(temporary, other)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); the one there is '
+                        'untouched') from None
+    if os.name == 'posix':  # the new names must outlive a power cut too
+        folder = os.open(out_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def forget_best(out_dir):
+    """Removes the best checkpoint of `out_dir`, if there is one."""
+    path = os.path.join(out_dir, FILES['best'])
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def fall_back(out_dir):
+    """Makes the best checkpoint of `out_dir` the last one too, if there is one."""
+    best, last = (os.path.join(out_dir, FILES[name]) for name in ('best', 'last'))
+    if os.path.exists(best):
+        hard_link(best, last)
+
+
+def keep(out_dir, iter_num):
+    """Gives the last checkpoint of `out_dir` a name that no later one takes from it."""
+    hard_link(os.path.join(out_dir, FILES['last']), os.path.join(out_dir, f'ckpt_{iter_num:06d}.pt'))
+
+
+def hard_link(path, name):
+    """Makes `name` the same file as `path`, in one step."""
+    link = name + '.tmp'
+    if os.path.exists(link):
+        os.remove(link)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, name)
+
+
+def read(path):
+    """The dict that torch.save wrote to `path`, its tensors on the CPU."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'no checkpoint {path}: train one with train.py, or name its folder with --out_dir') from None
+    except OSError as e:
+        raise UserError(f'{path} is not a readable checkpoint: {e.strerror}') from None
+    except Exception:  # whatever the unpickler stumbles over; its advice is to run the code that may be in the file
+        state = None
+    if not isinstance(state, dict):
+        raise UserError(f'{path} is not a readable checkpoint: it is damaged, or holds more than tensors and plain values')
+    return state
+
+
+def load(path):
+    """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
+    state = read(path)
+    missing = [key for key in ('model', 'model_args', 'config', 'tokenizer', 'iter_num') if key not in state]
+    if missing:
+        raise UserError(f'{path} is not a readable checkpoint of nanoDrift: it has no {", ".join(missing)}')
+    return state
+
+
+def find(out_dir, which='best'):
+    """Path of the 'best' or 'last' checkpoint of a run's folder."""
+    one_of('ckpt', which, FILES)
+    if not os.path.isdir(out_dir):
+        raise UserError(f'no folder {out_dir!r}: train a model with train.py, or name its folder with --out_dir')
+    best, last = (os.path.join(out_dir, FILES[w]) for w in ('best', 'last'))
+    return best if which == 'best' and os.path.exists(best) else last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights into a model
+
+def load_weights(model, weights):
+    """All of them and no others. Raises UserError, also where an older version of this model_type had fewer."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        first = str(e).splitlines()[1].strip()
+        raise UserError(f'the weights are not those of the model that is described beside them; another '
+                        f'version may have written them (its commit is in config.json): {first[:150]}') from None
+
+
+def start_from(model, weights, rows=None):
+    """
+    Copies `weights` (a state dict) into a model of maybe another type; returns the names that start fresh.
+
+    `rows` is how many rows of the embedding matrix have been trained, vocab_size where nothing is said. What may be missing
+    is what the type has and GPT-2 has not, and only all of it. Raises UserError naming any other weight that is missing,
+    not known here or of another shape.
+    """
+    own, weights, fresh = model.state_dict(), dict(weights), []
+    rows = model.config.vocab_size if rows is None else rows
+    if EMBEDDING in weights and EMBEDDING in own and weights[EMBEDDING].shape[1:] == own[EMBEDDING].shape[1:]:
+        known = model.config.vocab_size + model.config.mask_tokens
+        both = min(len(weights[EMBEDDING]), len(own[EMBEDDING]))
+        new = torch.cat((weights[EMBEDDING][:both].to(own[EMBEDDING]), own[EMBEDDING][both:]))
+        new[rows:known] = new[:rows].mean(0)  # a beginner that stands out from no token
+        weights[EMBEDDING] = weights['lm_head.weight'] = new
+        fresh = [f'{EMBEDDING}[{row}] (an id without text)' for row in range(rows, known)]
+    if POSITIONS in weights and POSITIONS not in own and model.config.model_type == 'diffusion':
+        raise UserError(f'the weights hold learned positions ({POSITIONS}), which --positions=rotary has no use for: '
+                        'add --positions=both, or learned')
+    if POSITIONS in weights:
+        weights[POSITIONS] = weights[POSITIONS][:model.config.block_size]
+    for name, tensor in weights.items():
+        if name not in own:
+            raise UserError(f'the weights hold {name}, which this model does not have')
+        if tensor.shape != own[name].shape:
+            raise UserError(f'{name} has shape {tuple(tensor.shape)} in the weights, {tuple(own[name].shape)} here; '
+                            "the options of the model's type must be those of the weights (--published=True, say)")
+    missing = [name for name in own if name not in weights]
+    own_names = [name for name in own if not GPT2_NAMES.fullmatch(name)]  # what a GPT-2 does not have
+    wrong = [name for name in missing if name not in own_names or len(missing) < len(own_names)]
+    if wrong:
+        raise UserError(f'the weights lack {wrong[0]}' + f' and {len(wrong) - 1} more' * (len(wrong) > 1))
+    model.load_state_dict(weights, strict=False)
+    return fresh + missing
+
+
+def fingerprint(weights):
+    """A hash of a state dict's tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().contiguous().cpu().numpy())
+    return digest.hexdigest()[:32]
+
+
+def check_encoder(model, state):
+    """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
+    if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
+        raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: put the former '
+                        'weights there, or name where they are, train.py --encoder=FOLDER')
+
+
+def commit():
+    """The commit of this code, '-dirty' behind it where files were changed; None outside a git checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        words = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,367 @@
+"""
+Generative modeling via drifting: a generator is trained so that its samples stand where a field of attraction by real
+samples and repulsion by its own is zero. Deng, Li, Li, Du, He, arXiv 2602.04770.
+
+The field as a pure function, the features of text that it is taken in, how outputs become embeddings, and the objective of
+model_type drifting. Token drift, the same field on a masked diffusion model, is at the end of the targets.
+"""
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanodrift import ngrams
+from nanodrift.kernels import LOGITS_PER_CHUNK
+from nanodrift.machine import exact
+from nanodrift.metrics import Mean, Rows
+from nanodrift.options import UserError, split_numbers
+
+TEMPERATURES = (0.02, 0.05, 0.2)
+AFFINITY_FLOOR = 1e-3
+LEAST_SCALE = 1e-3
+SELF_DISTANCE = 100.0  # added to the distance of a sample from itself
+POSITIONS = 32  # positions whose states, or stacks of tokens, are features of their own
+WINDOWS = (4, 16)
+STACKS = (2, 4)  # neighbouring tokens whose embeddings together are a feature
+POSITIONS_PER_SET = 4  # whose stacks are one feature set: a field of so many more points is less noisy
+QUEUE = 1000  # examples before an iteration's own that further positives are taken from
+STYLES, STYLE_INDICES = 64, 32
+MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
+SHARPNESS = 3.0  # of the softmax over the vocabulary: see `nearness`
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the field
+
+def distances(x, y):
+    """Euclidean distances (..., N, M) of x (..., N, D) and y (..., M, D), the root of at least 1e-8."""
+    square = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
+    return square.clamp(min=1e-8).sqrt()
+
+
+def field(away, toward, positive, negative, temperature, floor):
+    """
+    V (..., N, D) at N samples: attraction by `positive` (..., P, D), repulsion by `negative` (..., M, D), of which they have
+    the distances `toward` (..., N, P) and `away` (..., N, M).
+
+    V = S- sum A+ y+ - S+ sum A- y-, where A = sqrt(softmax over columns * softmax over rows) of -distance / temperature over
+    [negative | positive] jointly, and S are the row sums of each group (algorithm 1 of the paper). The coefficients of each
+    row sum to zero.
+    """
+    logits = -torch.cat((away, toward), dim=-1) / temperature
+    affinity = (logits.softmax(-1) * logits.softmax(-2)).sqrt().clamp(min=floor)
+    push, pull = affinity.split((negative.size(-2), positive.size(-2)), dim=-1)
+    return push.sum(-1, keepdim=True) * (pull @ positive) - pull.sum(-1, keepdim=True) * (push @ negative)
+
+
+@torch.no_grad()
+def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
+    """
+    The field of a feature set at its own samples x (S, N, D), in float32 -> targets (S, N, D) in scaled features, the scale
+    that features are divided by, and {temperature: root mean square of the raw field}.
+
+    For each temperature, stated in mean distances of all samples from each other and from real ones, the field is divided
+    by its own root mean square, so that a loss against these targets is no measure of progress; the raw one is.
+    """
+    with exact(x.device):
+        x, positive = x.float(), positive.float()
+        middle = torch.cat((x, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
+        near, positive = x - middle, positive - middle
+        away, toward = distances(near, near), distances(near, positive)
+        mean = torch.cat((away, toward), dim=-1).mean()
+        scale = (mean / math.sqrt(x.size(-1))).clamp(min=LEAST_SCALE)
+        unit = mean.clamp(min=LEAST_SCALE)
+        away = away + SELF_DISTANCE * unit * torch.eye(x.size(1), device=x.device)
+        total, rms = torch.zeros_like(x), {}
+        for temperature in temperatures:
+            raw = field(away, toward, positive, near, temperature * unit, floor) / scale
+            square = raw.square().mean()
+            rms[temperature] = square.sqrt()
+            total += raw / square.clamp(min=1e-8).sqrt()
+        return x / scale + total, scale, rms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# features of text
+
+def hidden_states(encoder, embeddings, depths):
+    """Hidden states (B, T, C) of a frozen GPT after each of so many blocks, in rising order, of input embeddings
+    (B, T, C), which its positions are added to; those of the last block are taken after the final norm."""
+    x, states = embeddings + encoder.transformer.wpe.weight[:embeddings.size(1)], []
+    for number, block in enumerate(encoder.layers, start=1):
+        x = block(x)
+        if number in depths:
+            states.append(encoder.transformer.ln_f(x) if number == len(encoder.layers) else x)
+    return states
+
+
+def feature_depths(n_layer):
+    """After which blocks of the encoder states are taken: a quarter, half, three quarters, all."""
+    return sorted({max(1, round(n_layer * share)) for share in (0.25, 0.5, 0.75, 1.0)})
+
+
+def mean_and_std(x, dim):
+    mean = x.mean(dim, keepdim=True)
+    return mean.squeeze(dim), ((x - mean).square().mean(dim) + 1e-6).sqrt()  # var() takes several times as long
+
+
+def pool(states, positions):
+    """Hidden states (B, T, C) of one depth -> {name: feature set (S, B, C)}: states at `positions`, mean and deviation over
+    the whole and over windows."""
+    B, T, C = states.shape
+    pooled = {'position': states[:, positions].transpose(0, 1)}
+    for length in (T, *(w for w in WINDOWS if w < T)):
+        windows = states[:, :T - T % length].view(B, T // length, length, C).transpose(0, 1)
+        for name, values in zip(('mean', 'std'), mean_and_std(windows, 2)):
+            pooled[f'{name}_{length}'] = values
+    return pooled
+
+
+def state_features(encoder, embeddings, positions):
+    """{name: feature set (S, B, C)} of the hidden states that a frozen GPT has for input embeddings (B, T, C)."""
+    depths, features = feature_depths(encoder.config.n_layer), {}
+    for depth, states in zip(depths, hidden_states(encoder, embeddings, depths)):
+        features |= {f'{depth}_{name}': values for name, values in pool(states, positions).items()}
+    return features
+
+
+def token_features(encoder, embeddings, positions):
+    """
+    {name: feature set (S, n*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side, for n =
+    POSITIONS_PER_SET positions in a set: what a field makes of n-grams. Unlike hidden states they are linear in an
+    embedding, so that its gradient holds as far as the next token.
+
+    Beyond both ends stand zeros: a stack at a position ends there, those of the first positions have a second one beyond
+    the end, and so the tokens at the ends are in as many stacks as all others.
+    """
+    features, T = {}, embeddings.size(1)
+    for k in STACKS:
+        stacks = F.pad(embeddings, (0, 0, k - 1, k - 1)).unfold(1, k, 1).mT.flatten(2)  # (B, T+k-1, k*C)
+        features[f'tokens_{k}'] = group_positions(stacks[:, torch.cat((positions, positions[positions < k - 1] + T))])
+    return features
+
+
+def group_positions(x):
+    """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET of them each, or of all where there are
+    fewer. Where n does not divide P, the last set shares some with the one before, and these count twice."""
+    n = min(POSITIONS_PER_SET, x.size(1))
+    starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
+    sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
+    return sets.transpose(0, 1).flatten(1, 2)
+
+
+def both_features(encoder, embeddings, positions):
+    return state_features(encoder, embeddings, positions) | token_features(encoder, embeddings, positions)
+
+
+# feature_kind -> (encoder, embeddings (B, T, C), positions) -> {name: feature set (S, N, D)}, N being B times the positions
+# in a set
+FEATURES = {'states': state_features, 'tokens': token_features, 'both': both_features}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# outputs of a model as embeddings
+
+def expected_embedding(x, embedding, logits_of):
+    """Mean embeddings (N, C') under the softmax of logits_of(x) (N, V), of x (N, C) and embeddings (V, C'): a chunk at a
+    time and not kept for the backward pass, since the logits of all would be large."""
+    def mean(chunk):
+        return logits_of(chunk).float().softmax(-1).to(embedding.dtype) @ embedding
+    rows = max(1, LOGITS_PER_CHUNK // len(embedding))
+    return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in x.split(rows)])
+
+
+@torch.no_grad()
+def argmax_embedding(x, embedding, logits_of):
+    """The embeddings (B, T, C) of the largest logits of outputs x (B, T, C)."""
+    chunks = x.flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(embedding)))
+    return embedding[torch.cat([logits_of(chunk).argmax(-1) for chunk in chunks])].view(x.shape)
+
+
+def nearness(x, embedding):
+    """Logits (N, V) of outputs x (N, C): cosines with embeddings (V, C) around their mean, so large that those of a random
+    direction differ by SHARPNESS; else at the start all outputs would be near the mean, and no field would spread them."""
+    middle = embedding.mean(0)
+    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), F.normalize((embedding - middle).float(), dim=-1))
+    return cosines * SHARPNESS * math.sqrt(embedding.size(1))
+
+
+def output_embeddings(x, vocabulary, output):
+    """What drift_output makes of outputs x (B, T, C) and the embeddings (V, C) of the vocabulary -> (B, T, C)."""
+    if output == 'embedding':
+        return x
+    logits_of = partial(nearness, embedding=vocabulary)
+    soft = expected_embedding(x.flatten(0, 1), vocabulary, logits_of).view(x.shape)
+    if output == 'soft':
+        return soft
+    assert output == 'straight', 'one of the choices of drift_output'
+    return argmax_embedding(x, vocabulary, logits_of) + soft - soft.detach()  # that value, the gradient of the mean
+
+
+def nearest(x, vocabulary, draw=None):
+    """For embeddings x (B, T, C): cosines (B, T) with the nearest ones of the vocabulary (V, C), and the ids (B, T) of
+    these; with `draw`, cosines (N, V) -> ids (N,), which runs on the CPU, those of the ids that it gives."""
+    vocabulary = F.normalize(vocabulary.float(), dim=-1)
+    chunks = []
+    for chunk in F.normalize(x.float(), dim=-1).flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(vocabulary))):
+        with exact(x.device):
+            cosines = chunk @ vocabulary.t()
+        ids = cosines.argmax(-1) if draw is None else draw(cosines.cpu()).to(x.device)
+        chunks.append((cosines.gather(1, ids[:, None]).squeeze(1), ids))
+    return [torch.cat(pieces).view(x.shape[:2]) for pieces in zip(*chunks)]
+
+
+def check_encoder(encoder, config):
+    """Freezes the encoder of a model of this GPTConfig. Raises UserError where it does not fit."""
+    if encoder is None:
+        assert not config.has_encoder, 'this type needs GPT(config, encoder): see load_encoder'
+        return
+    encoder.requires_grad_(False)
+    for name in ('n_embd', 'vocab_size') if config.model_type == 'drifting' else ('vocab_size',):
+        theirs, mine = getattr(encoder.config, name), getattr(config, name)
+        if theirs != mine:
+            raise UserError(f'encoder={config.encoder} has {name}={theirs}, not {mine}: it must have the same')
+    if encoder.config.block_size < config.block_size:
+        raise UserError(f'encoder={config.encoder} reads {encoder.config.block_size} tokens at most: lower --block_size')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches and targets
+
+@dataclass
+class Field:
+    """What one micro-batch is trained against: for each feature set the targets (S, N, D) and the scale; at which positions
+    states or stacks are features; ids: those (B, prefix) that generated text starts with, for token drift the real text
+    (B, T)."""
+    targets: dict
+    scales: dict
+    positions: torch.Tensor
+    ids: torch.Tensor
+
+
+def drift_loss(model, embeddings, field_):
+    """Sum over feature sets of the mean squared distance of the features of embeddings (B, T, C) from the targets of their
+    Field; gradients flow through the features alone."""
+    features = FEATURES[model.config.drift_features](model.encoder, embeddings, field_.positions)
+    return sum((features[name].float() / scale - field_.targets[name]).square().mean()
+               for name, scale in field_.scales.items())
+
+
+def make_batch(tokens, rng, part=(0, 1), *, n_embd, extra=0):
+    """tokens (B+extra, T) -> noise (B, T, C), style indices (B, 32), real ids (B+extra, T). Real text beyond the batch comes
+    from `examples`."""
+    B = len(tokens) - extra
+    noise = torch.randn(B, tokens.size(1), n_embd, generator=rng)
+    return noise, torch.randint(STYLES, (B, STYLE_INDICES), generator=rng), tokens
+
+
+def examples(own, start, rng, *, extra):
+    """Example numbers: a micro-batch's own (a range), and `extra` of the QUEUE before its iteration, which begins at `start`
+    (the first has only its own). The published queue of samples holds the same: here it is a position in the seeded order
+    of examples, so that there is nothing to save."""
+    low, high = (max(0, start - QUEUE), start) if start else (0, own[-1] + 1)
+    count = high - low
+    enough = extra <= count
+    more = torch.randperm(count, generator=rng)[:extra] if enough else torch.randint(count, (extra,), generator=rng)
+    return [*own, *(low + more).tolist()]
+
+
+def random_positions(T, rng):
+    return torch.randperm(T, generator=rng)[:POSITIONS].sort().values
+
+
+def make_fields(generated, real, positions, ids, ranks, config):
+    """A Field for each micro-batch of this rank: from the features of its samples, of real text, and its ids (lists over
+    micro-batches), over all of them and all ranks together."""
+    fields = [Field({}, {}, positions, chunk) for chunk in ids]
+    for name in generated[0]:
+        x = ranks.concatenate(torch.cat([features[name] for features in generated], dim=1), dim=1)
+        positive = ranks.concatenate(torch.cat([features[name] for features in real], dim=1), dim=1)
+        targets, scale, _ = drift(x, positive, split_numbers(config.drift_temperatures, float), config.drift_floor)
+        mine = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(fields), dim=1)
+        for field_, chunk in zip(fields, mine):
+            field_.targets[name], field_.scales[name] = chunk, scale
+    return fields
+
+
+@torch.no_grad()
+def compute_drift_targets(model, batches, ranks, rng):
+    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
+    `rng` is the same on all ranks."""
+    positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
+    length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
+    generated, real, prefixes = [], [], []
+    for noise, style, ids in batches:
+        prefixes.append(ids[:len(noise), :length])
+        generated.append(features(model.encoder, model.embeddings(noise, style, prefixes[-1]), positions))
+        real.append(features(model.encoder, model.encoder.transformer.wte(ids), positions))
+    fields = make_fields(generated, real, positions, prefixes, ranks, model.config)
+    return [(noise, style, field_) for (noise, style, _), field_ in zip(batches, fields)]
+
+
+@torch.no_grad()
+def compute_token_drift_targets(model, batches, ranks, rng):
+    """Token drift (arXiv 2605.19470): the same for corrupted ids, real ids and weights of the bound."""
+    positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
+    generated = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), positions) for X, _, _ in batches]
+    real = [features(model.encoder, model.encoder.transformer.wte(Y), positions) for _, Y, _ in batches]
+    fields = make_fields(generated, real, positions, [Y for _, Y, _ in batches], ranks, model.config)
+    return [(X, field_, W) for (X, _, W), field_ in zip(batches, fields)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured
+
+def measure(model, noise, style, ids, calibrated=False):
+    """Samples and real text: their ids and, for each depth, their hidden states averaged over positions."""
+    x, nowhere = model.embeddings(noise, style), torch.arange(1, device=noise.device)
+    metrics = {}
+    for name, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
+        for feature, values in state_features(model.encoder, embeddings, nowhere).items():
+            if feature.endswith(f'mean_{noise.size(1)}'):
+                metrics[name, feature] = Rows(values[0].float().cpu())
+    cosine, ids_of_samples = nearest(x, model.vocabulary)
+    distance = (1 - cosine.mean(1)).cpu().double().sum()
+    return metrics | {'vocabulary_distance': Mean(distance, torch.tensor(float(len(noise)))),
+                      'samples': Rows(ids_of_samples.cpu()), 'real': Rows(ids.cpu())}
+
+
+def mean_distance(x):
+    """Between different samples (N, D)."""
+    with exact(x.device):
+        return float(distances(x, x).fill_diagonal_(0).sum() / max(1, len(x) * (len(x) - 1)))
+
+
+def paired_blocks(x, y):
+    """Pairs of blocks of MEASURED rows of x and y (N, D), or of all rows where there are fewer."""
+    whole = max(1, len(x) // MEASURED) * MEASURED
+    return list(zip(x[:whole].split(MEASURED), y[:whole].split(MEASURED)))
+
+
+def summary(metrics):
+    """
+    js_1, js_2 (the val_metric), js_3: divergence of n-grams from real text; floor: js_2 of one half of the real text from
+        the other (a little high, for half as much text).
+    distinct_2: share of different 2-grams; collapsed: whether it is below half of real text's.
+    diversity: mean distance of samples in units of real text's. field_R: root mean square of the raw field. Both are taken
+        in hidden states and at TEMPERATURES, whatever a model is trained in, and are means over depths and blocks of
+        samples; the field is without a floor, under which it would grow with the number of samples.
+    """
+    samples, real = metrics['samples'].rows.numpy(), metrics['real'].rows.numpy()
+    numbers = {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}
+    numbers['floor'] = ngrams.divergence(real[::2], real[1::2], 2) if len(real) > 1 else math.nan
+    numbers |= {'distinct_2': ngrams.distinct(samples, 2), 'distinct_2_real': ngrams.distinct(real, 2)}
+    numbers['collapsed'] = float(numbers['distinct_2'] < numbers['distinct_2_real'] / 2)
+    numbers['vocabulary_distance'] = metrics['vocabulary_distance'].value()
+    features = [name[1] for name in metrics if isinstance(name, tuple) and name[0] == 'samples']
+    pairs = [pair for name in features
+             for pair in paired_blocks(metrics['samples', name].rows, metrics['real', name].rows)]
+    numbers['diversity'] = sum(mean_distance(x) / max(mean_distance(y), 1e-8) for x, y in pairs) / len(pairs)
+    for x, y in pairs:
+        for temperature, rms in drift(x[None], y[None], floor=0.0)[2].items():
+            name = f'field_{temperature}'
+            numbers[name] = numbers.get(name, 0.0) + float(rms) / len(pairs)
+    return numbers

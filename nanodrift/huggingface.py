@@ -1,0 +1,280 @@
+"""
+Models in Hugging Face's format, both ways: GPT-2 as transformers keeps it, and every other type as a config.json of our own
+beside a model.safetensors; the tokenizers that go with them.
+"""
+import json
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from nanodrift import checkpoint
+from nanodrift.checkpoint import EMBEDDING
+from nanodrift.corpus import hub_is_reachable
+from nanodrift.kernels import padded_vocab_size
+from nanodrift.options import UserError
+from nanodrift.tokenizer import EOT_TEXT, byte_alphabet, tokenizer_from_meta, tokenizer_from_spec
+
+# What the published variants call themselves, and what a Hugging Face GPT-2 may say of itself and still be that of model.py.
+PUBLISHED_TYPES = {'dd-gpt2': 'dd', 'parallel-gpt2': 'parallel', 'duo-predict-gpt2': 'duo', 'rotating-head-gpt2': 'rotating'}
+HF_FIXED = {'activation_function': ['gelu_new'], 'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True],
+            'scale_attn_by_inverse_layer_idx': [False], 'tie_word_embeddings': [True], 'add_cross_attention': [False]}
+TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face's GPT-2 keeps these as Conv1D
+OURS = 'nanodrift'  # the model_type in config.json of what transformers does not know
+FACTS = {'model_args': dict, 'tokenizer': dict, 'run_id': str, 'parents': list, 'encoder': (str, type(None))}
+ENCODER = 'encoder'  # folder inside an export, of the model that drifting was trained with
+INSIDE = f'hf:./{ENCODER}'  # what its config.json calls that, wherever the export is now
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+def open_run(name, which='best'):
+    """The checkpoint of a run's folder, or what 'hf:NAME_OR_FOLDER' holds in the same form: GPT-2 as Hugging Face keeps it,
+    or any type as export.py wrote it. There `tokenizer` may be None: unknown; `foreign`: what it calls itself,
+    its names are to be checked."""
+    if not name.startswith('hf:'):
+        return checkpoint.load(checkpoint.find(name, which))
+    folder = name.removeprefix('hf:')
+    config = _read_config(folder)
+    if config.get('model_type') == OURS:
+        check_facts(name, config, FACTS)
+        weights = _read_tensors(folder)
+        weights |= {'lm_head.weight': weights[EMBEDDING]} if EMBEDDING in weights else {}
+        facts = {key: config.get(key) for key in FACTS}
+        if facts['model_args'].get('encoder') == INSIDE:
+            facts['model_args'] = facts['model_args'] | {'encoder': f'{name.rstrip("/")}/{ENCODER}'}
+        return facts | {'model': weights, 'config': {}, 'iter_num': 0}
+    if OURS in config:
+        check_facts(name, config[OURS], ('tokenizer', 'run_id', 'parents'))
+    model_args, weights = load_gpt2(folder, config)
+    gpt2 = tokenizer_from_spec('gpt2')
+    facts = {'tokenizer': gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None,
+             'run_id': f'hf:{checkpoint.fingerprint(weights)}', 'parents': []}  # by any name it is the same
+    return facts | config.get(OURS, {}) | {'model_args': model_args, 'model': weights, 'config': {}, 'iter_num': 0,
+                                           'foreign': config['model_type']}
+
+
+def check_facts(name, facts, keys):
+    """Raises UserError where what export.py wrote of a model into its config.json is not all there, or of a wrong type."""
+    if not isinstance(facts, dict):
+        raise UserError(f'{name}: {OURS} in its config.json is not what export.py writes')
+    missing = [key for key in keys if key not in facts and key != 'encoder']
+    if missing:
+        raise UserError(f'{name}: its config.json lacks {", ".join(missing)}')
+    wrong = [key for key in keys if not isinstance(facts.get(key), FACTS[key])]
+    if wrong:
+        raise UserError(f'{name}: {", ".join(wrong)} in its config.json is not what export.py writes')
+
+
+def check_complete(state):
+    """Raises UserError on published weights, which do not say the options of their type."""
+    kind = PUBLISHED_TYPES.get(state.get('foreign'))
+    if kind:
+        published = ' --published=True' * (kind in ('dd', 'duo'))
+        raise UserError(f"{state['foreign']} weights do not say their type's options: take them into a run first, train.py "
+                        f'--init_from=hf:FOLDER --model_type={kind}{published}')
+
+
+def _fetch(name, filename):
+    """Path of a file of a local folder or of a Hub repository (OWNER/NAME, maybe with a folder in it); None if there is no
+    such file."""
+    if os.path.isdir(name):
+        path = os.path.join(name, filename)
+        return path if os.path.isfile(path) else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    owner, *rest = name.split('/', 2)
+    repository, inside = '/'.join([owner, *rest[:1]]), rest[1:]
+    try:
+        return hf_hub_download(repository, '/'.join([*inside, filename]), local_files_only=not hub_is_reachable())
+    except LocalEntryNotFoundError:
+        raise UserError(f'hf:{name} is neither a local folder nor can it be downloaded now; on a machine with a network '
+                        f'get its config.json and model.safetensors and use --init_from=hf:FOLDER') from None
+    except EntryNotFoundError:
+        return None
+    except Exception as e:
+        raise UserError(f'hf:{name} cannot be downloaded: {str(e).splitlines()[0]}') from None
+
+
+def _read_tensors(name):
+    """The state dict of a Hugging Face folder or repository, from safetensors (one file or sharded) or from a .bin."""
+    path = _fetch(name, 'model.safetensors')
+    if path:
+        return _read_safetensors(path)
+    index = _fetch(name, 'model.safetensors.index.json')
+    if index:
+        listed = _read_json(index).get('weight_map')
+        if not isinstance(listed, dict):
+            raise UserError(f'{index} holds no weight_map')
+        shards = sorted(set(listed.values()))
+        return {k: v for shard in shards for k, v in _read_safetensors(_fetch(name, shard) or shard).items()}
+    path = _fetch(name, 'pytorch_model.bin')
+    if path:
+        return checkpoint.read(path)
+    raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
+
+
+def _read_safetensors(path):
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise UserError(f'{path} is not readable: {e}') from None
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} is not readable: {e}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path} does not hold the settings of a model')
+    return value
+
+
+def _read_config(name):
+    path = _fetch(name, 'config.json')
+    if not path:
+        raise UserError(f'hf:{name} holds no config.json')
+    return _read_json(path)
+
+
+def load_gpt2(name, config):
+    """GPT-2 in Hugging Face's format, from a folder or the Hub, and its config.json -> model arguments, state dict in our
+    names.
+
+    Hugging Face keeps its Linear weights transposed (Conv1D), and may leave out the `transformer.` prefix."""
+    if config.get('model_type') not in ('gpt2', *PUBLISHED_TYPES):
+        raise UserError(f"hf:{name} is a {config.get('model_type')!r} model; 'gpt2' can be loaded, and "
+                        f'{", ".join(PUBLISHED_TYPES)}')
+    missing = [key for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if key not in config]
+    if missing:
+        raise UserError(f'hf:{name}: its config.json lacks {", ".join(missing)}')
+    changed = [k for k, allowed in HF_FIXED.items() if k in config and config[k] not in allowed]
+    if changed:
+        raise UserError(f'hf:{name} changes GPT-2 itself ({", ".join(changed)}); plain GPT-2 can be loaded')
+    model_args = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'],
+                      n_head=config['n_head'], n_embd=config['n_embd'], n_inner=config.get('n_inner') or 0, bias=True)
+    weights = {}
+    tensors = _read_tensors(name)
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f'hf:{name}: {key} in its weights is no tensor')
+        key = 'transformer.' + key.removeprefix('transformer.')
+        if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
+            continue  # the causal mask, and the tied head
+        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t()
+        weights[key] = tensor.float()
+    embedding = weights.get(EMBEDDING)
+    if embedding is None or embedding.dim() != 2 or len(embedding) != config['vocab_size']:
+        raise UserError(f"hf:{name}: vocab_size={config['vocab_size']} in its config.json, but "
+                        f"{EMBEDDING} is {'missing' if embedding is None else 'of shape ' + str(tuple(embedding.shape))}")
+    head = tensors.get('lm_head.weight')
+    if head is not None and not torch.equal(head.float(), embedding):
+        raise UserError(f'hf:{name}: lm_head.weight is not {EMBEDDING}; here the two are one')
+    padding = padded_vocab_size(len(embedding)) - len(embedding)
+    weights[EMBEDDING] = torch.cat((embedding, embedding.new_zeros(padding, embedding.size(1))))
+    weights['lm_head.weight'] = weights[EMBEDDING]
+    return model_args, weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def gpt2_config(c, eot):
+    """config.json of transformers for a GPTConfig."""
+    return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'vocab_size': c.vocab_size,
+            'n_positions': c.block_size, 'n_embd': c.n_embd, 'n_layer': c.n_layer, 'n_head': c.n_head,
+            'n_inner': c.n_inner or None, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout, 'tie_word_embeddings': True,
+            'bos_token_id': eot, 'eos_token_id': eot}
+
+
+def gpt2_weights(weights, c):
+    """Our state dict in Hugging Face's names and shapes; biases that a model does without are zero there."""
+    theirs = {}
+    for name, tensor in weights.items():
+        if name == 'lm_head.weight':
+            continue  # tied
+        if name == EMBEDDING:
+            tensor = tensor[:c.vocab_size]
+        theirs[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().clone()
+        if not c.bias and name.endswith('.weight') and '.wte.' not in name and '.wpe.' not in name:
+            theirs[name.replace('.weight', '.bias')] = torch.zeros(len(tensor))
+    return theirs
+
+
+def halves(token, ranks):
+    """The two tokens whose merge makes `token`, of bytes ranked by when they merge."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        merged = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        _, i = min(pair for pair in merged if pair[0] < ranks[token])
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def hf_tokenizer(tokenizer):
+    """A Tokenizer of ours as one of the tokenizers library."""
+    if tokenizer.name == 'char':
+        vocab = {c: i for i, c in enumerate(tokenizer.characters)}
+        theirs = HFTokenizer(models.WordLevel(vocab, unk_token=tokenizer.characters[0]))
+        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        theirs.decoder = decoders.Fuse()
+    else:
+        character = {byte: c for c, byte in byte_alphabet().items()}
+
+        def spelled(token):
+            return ''.join(character[b] for b in token)
+        tokens = tokenizer.tokens[:-1]
+        ranks = {token: i for i, token in enumerate(tokens)}
+        merges = [tuple(map(spelled, halves(token, ranks))) for token in tokens if len(token) > 1]
+        theirs = HFTokenizer(models.BPE({spelled(token): i for i, token in enumerate(tokens)}, merges))
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
+    assert theirs.token_to_id(EOT_TEXT) == tokenizer.eot, 'the end-of-text id is the last one in both'
+    return theirs
+
+
+def write_text(folder, name, text):
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+        f.write(text)
+
+
+def write_json(folder, name, value):
+    write_text(folder, name, json.dumps(value, indent=1))
+
+
+def write_gpt2(state, c, folder):
+    """What transformers loads of a checkpoint and its GPTConfig, into an empty folder."""
+    tokenizer = tokenizer_from_meta(state['tokenizer'])
+    facts = {key: state[key] for key in ('tokenizer', 'run_id', 'parents')}  # which transformers leaves alone
+    write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {OURS: facts})
+    write_weights(folder, gpt2_weights(state.get('ema') or state['model'], c))
+    write_tokenizer(folder, tokenizer, c.block_size)
+
+
+def write_ours(state, folder):
+    """What this repository loads, into an empty folder."""
+    facts = {key: state.get(key) for key in FACTS}  # runs of before have no encoder
+    write_json(folder, 'config.json', {'model_type': OURS} | facts)
+    weights = state.get('ema') or state['model']
+    untied = {name: tensor.contiguous().clone() for name, tensor in weights.items() if name != 'lm_head.weight'}
+    write_weights(folder, untied)
+    write_tokenizer(folder, tokenizer_from_meta(state['tokenizer']), state['model_args']['block_size'])
+
+
+def write_weights(folder, weights):
+    save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+
+
+def write_tokenizer(folder, tokenizer, block_size):
+    write_text(folder, 'tokenizer.json', hf_tokenizer(tokenizer).to_str(pretty=True))
+    write_json(folder, 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': EOT_TEXT, 'eos_token': EOT_TEXT, 'unk_token': EOT_TEXT,
+        'model_max_length': block_size, 'clean_up_tokenization_spaces': False})

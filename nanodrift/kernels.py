@@ -1,0 +1,330 @@
+"""
+The parts of a model that are written for speed: same numbers as the plain definition, less time or memory.
+
+The fused head              loss and gradients of a large vocabulary, its logits never held whole; plain: `cross_entropy`
+Score statistics            what adaptive heat needs to know of the scores; plain: in the room of `heat` in model.py
+Rotation                    rotary positions as products of complex numbers; plain: in the room of `rotating` in model.py
+KV cache                    keys and values of positions that a step of generation need not compute again
+Widened heads               coordinates by which a bias of the scores goes through the fused attention
+Recomputed blocks           activations computed again in the backward pass: less memory, more time
+Packed linears              weights in the layout that a step of generation on a CPU reads fastest; plain: nn.Linear
+
+A test holds each of them equal to its plain definition.
+"""
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nanodrift.machine import compute_dtype
+
+IGNORE = -1  # a target with this id is left out of losses and metrics
+LOGITS_PER_CHUNK = 2 ** 25  # how many logits are held at once: large enough for fast matrix products
+PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
+PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
+
+
+def padded_vocab_size(vocab_size):
+    """Rows of the embedding matrix for so many ids."""
+    return math.ceil(vocab_size / PAD_VOCAB_TO) * PAD_VOCAB_TO
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fused head
+
+def cross_entropy(logits, targets, weights=None, flag=None):
+    """Mean over the counted positions of weight * cross entropy, in float32. logits (B, T, V), targets (B, T).
+
+    With `flag`, an id, only the weights of positions whose argmax it is count; elsewhere the weight is 1."""
+    logits, targets = logits.float().flatten(0, -2), targets.flatten()
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction='none')
+    if weights is not None:
+        weights = weights.flatten()
+        losses = losses * (weights if flag is None else torch.where(logits.argmax(-1) == flag, weights, 1.0))
+    return losses.sum() / (targets != IGNORE).sum().clamp(min=1)
+
+
+def linear_cross_entropy(x, weight, vocab_size, targets, weights=None, flag=None):
+    """`cross_entropy` of the logits x @ weight[:vocab_size]^T without ever holding them whole. x (B, T, C), targets (B, T).
+
+    Follows autocast: the matrix products run in its type, softmax and sums in float32. torch's own
+    F.linear_cross_entropy took 13.1 s in bfloat16 on 2 cores of a CPU where this takes 1.9 to 2.7 s, and rounds the loss to
+    bfloat16 (torch 2.13)."""
+    x = x.to(compute_dtype(x))
+    targets = targets.flatten()
+    weights = None if weights is None else weights.flatten()
+    total = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, vocab_size, targets, weights, flag)
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """
+    Sum of weight * cross entropy of x @ W^T, chunk by chunk, gradients taken in the forward pass.
+
+    The (N, V) logits are by far the largest tensor of a small language model; here a chunk of them lives in one buffer
+    that is used three times (logits, exponentials, both gradients) and never leaves. With e = exp(logits - max) and
+    s = sum e, the gradient (e/s - onehot) W is computed as (e W)/s - W[y], and its transpose likewise, so that no pass
+    over the (N, V) chunk is spent on dividing or on the one-hot.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, vocab_size, targets, weights, flag):
+        """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None; for flag see
+        `cross_entropy`."""
+        N, Vp = len(x), len(weight)
+        n = min(N, max(1, LOGITS_PER_CHUNK // Vp))
+        W = weight.to(x.dtype)
+        w = (targets != IGNORE).float()
+        if weights is not None:
+            w = w * weights
+        y = targets.clamp(min=0)
+        dx, dW = torch.empty_like(x), torch.zeros_like(weight)
+        losses = torch.empty_like(w)
+        product = x.new_empty(n, Vp)
+        buffer = product if x.dtype == torch.float32 else product.float()
+        for i in range(0, N, n):
+            chunk = slice(i, min(i + n, N))
+            m = chunk.stop - i
+            logits = buffer[:m]
+            torch.mm(x[chunk], W.t(), out=product[:m])
+            if product is not buffer:
+                logits.copy_(product[:m])
+            logits[:, vocab_size:] = -math.inf  # the padding has no text and no probability
+            top, at_target = logits.amax(1, keepdim=True), logits.gather(1, y[chunk, None])
+            if flag is not None:
+                w[chunk] = torch.where(logits.argmax(1) == flag, w[chunk], (targets[chunk] != IGNORE).float())
+            e = logits.sub_(top).exp_()
+            s = e.sum(1, keepdim=True)
+            losses[chunk] = (top + s.log() - at_target).squeeze(1) * w[chunk]
+            if product is not buffer:
+                e = product[:m].copy_(e)
+            scale = w[chunk, None] / s
+            dx[chunk] = (e @ W) * scale
+            dW += e.t() @ (x[chunk] * scale).to(x.dtype)
+        dx -= W[y] * w[:, None].to(x.dtype)
+        dW.index_add_(0, y, x.float() * w[:, None], alpha=-1)
+        ctx.save_for_backward(dx, dW)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dW = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dW * grad, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# score statistics
+
+def score_pieces(q, k, queries=128, scores=2 ** 19):
+    """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key is not seen yet: a
+    cache-sized piece at a time on a CPU; all heads at once on accelerators, which are slow at many small products."""
+    N, Tq, Tk = q.size(0), q.size(1), k.size(1)
+    n = max(1, scores // (min(queries, Tq) * Tk)) if q.device.type == 'cpu' else N
+    for start in range(0, Tq, queries):
+        rows = slice(start, min(start + queries, Tq))
+        R, end = rows.stop - start, Tk - Tq + rows.stop
+        future = torch.ones(R, R, dtype=torch.bool, device=q.device).triu_(1)
+        for i in range(0, N, n):
+            s = (q[i:i + n, rows] @ k[i:i + n, :end].mT).float()  # (n, R, end)
+            s[..., end - R:].masked_fill_(future, -math.inf)
+            yield slice(i, i + n), rows, slice(0, end), s
+
+
+@torch.library.custom_op('nanodrift::score_statistics', mutates_args=())
+def score_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Of the scores s_ij = q_i . k_j that a query sees, j <= i: their maximum, sum_j softmax(s_i)_j^2, log-sum-exp and argmax.
+
+    q (N, Tq, D), k (N, Tk, D), the queries being the last Tq positions -> four tensors (N, Tq). Memory is linear in T: the
+    scores are gone after use and computed again in the backward pass. Gradients flow through the first two. An operator
+    of its own, for torch.compile would unroll the loop.
+    """
+    top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
+    best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
+    for heads, rows, _, s in score_pieces(q, k):
+        m, best[heads, rows] = s.max(-1)
+        e = s.sub_(m[..., None]).exp_()
+        z = e.sum(-1)
+        top[heads, rows], lse[heads, rows] = m, m + z.log()
+        purity[heads, rows] = torch.linalg.vecdot(e, e) / z.square()
+    return top, purity, lse, best
+
+
+@torch.library.custom_op('nanodrift::score_statistics_backward', mutates_args=())
+def score_statistics_backward(q: Tensor, k: Tensor, best: Tensor, purity: Tensor, lse: Tensor, d_top: Tensor,
+                              d_purity: Tensor) -> tuple[Tensor, Tensor]:
+    """With p = softmax(s): d top / d s is one-hot, d sum p^2 / d s_j = 2 p_j (p_j - sum p^2)."""
+    dq, dk = torch.empty_like(q), torch.zeros_like(k)
+    for heads, rows, keys, s in score_pieces(q, k):
+        p = s.sub_(lse[heads, rows, None]).exp_()
+        ds = (p - purity[heads, rows, None]).mul_(p).mul_(2 * d_purity[heads, rows, None])
+        ds = ds.scatter_add_(-1, best[heads, rows, None], d_top[heads, rows, None]).to(q.dtype)
+        dq[heads, rows] = ds @ k[heads, keys]
+        dk[heads, keys] += ds.mT @ q[heads, rows]
+    return dq, dk
+
+
+@score_statistics.register_fake
+def _(q, k):
+    numbers = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return numbers, torch.empty_like(numbers), torch.empty_like(numbers), torch.empty_like(numbers, dtype=torch.int64)
+
+
+@score_statistics_backward.register_fake
+def _(q, k, best, purity, lse, d_top, d_purity):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    _, purity, lse, best = output
+    ctx.save_for_backward(*inputs, best, purity, lse)
+
+
+def _backward(ctx, d_top, d_purity, *_):
+    return score_statistics_backward(*ctx.saved_tensors, d_top.contiguous(), d_purity.contiguous())
+
+
+score_statistics.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rotation
+
+@torch.library.custom_op('nanodrift::rotate', mutates_args=())
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotates pairs of coordinates of x (B, H, T, D) by angles (H, T, D/2, 2), which are cosines and sines.
+
+    An operator of its own: a product of complex numbers is one fast pass, which torch.compile does not generate."""
+    return _like(x).copy_(torch.view_as_real(_complex(x) * torch.view_as_complex(angles)).flatten(-2))
+
+
+@torch.library.custom_op('nanodrift::rotate_backward', mutates_args=())
+def rotate_backward(x: Tensor, angles: Tensor, grad: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+    grad = _complex(grad)
+    dx = _like(x).copy_(torch.view_as_real(grad * torch.view_as_complex(angles).conj()).flatten(-2))
+    d_angles = torch.view_as_real((_complex(x).conj() * grad).sum(0)) if learned else torch.zeros_like(angles)
+    return dx, d_angles
+
+
+def _complex(x):
+    return torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+
+
+def _like(x):
+    """An empty (B, H, T, D) in the memory layout (B, T, H, D), which is that of what c_attn gives."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+@rotate.register_fake
+def _(x, angles):
+    return _like(x)
+
+
+@rotate_backward.register_fake
+def _(x, angles, grad, learned):
+    return _like(x), torch.empty_like(angles)
+
+
+def _backward_of_rotate(ctx, grad):
+    learned = ctx.needs_input_grad[1]
+    dx, d_angles = rotate_backward(*ctx.saved_tensors, grad.contiguous(), learned)
+    return dx, d_angles if learned else None
+
+
+rotate.register_autograd(_backward_of_rotate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# around attention
+
+class KVCache:
+    """Keys and values of the positions seen so far, for every layer: two tensors (L, B, H, T_max, D)."""
+
+    def __init__(self, config, batch_size, max_len, weight):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+        self.k, self.v = torch.zeros(2, *shape, device=weight.device, dtype=compute_dtype(weight)).unbind(0)
+        self.length = 0  # positions held; advanced once per forward pass, after the last layer
+
+    def append(self, layer, k, v):
+        """Stores k, v (B, H, T, D) of the next T positions; returns those of all positions so far."""
+        assert k.size(2) == 1 or self.length == 0, 'a cache is filled by one prompt, then by one token at a time'
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def widen(x, *columns):
+    """x (..., D) with further coordinates, and zeros up to a multiple of eight, which fused attention on GPUs asks for."""
+    width = x.size(-1) + len(columns)
+    columns = [c.to(x.dtype).expand(*x.shape[:-1], 1) for c in columns]
+    return F.pad(torch.cat((x, *columns), dim=-1), (0, -width % 8))
+
+
+def high_and_low(x, dtype):
+    """float32 as two numbers of a shorter type whose sum it is."""
+    high = x.to(dtype)
+    return high, (x - high.float()).to(dtype)
+
+
+class Recomputed:
+    """A block that keeps only its inputs for the backward pass."""
+
+    def __init__(self, block):
+        self.block, self.forward, self.compile = block, block.forward, block.compile
+
+    def __call__(self, *inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(self.block, *inputs, use_reentrant=False)
+        return self.block(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed linears
+
+class Linear(nn.Linear):
+    """nn.Linear, whose product a step of generation can replace by a faster one: see `packed_weights`."""
+    product = None
+
+    def forward(self, x):
+        return super().forward(x) if self.product is None else self.product(x)
+
+
+def pack_weights(model, rows):
+    """{Linear: a faster function for its product with so many rows} of a model, where there is one: on a CPU, in float32,
+    for models of at most PACK_AT_MOST bytes."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    weight = linears[0].weight
+    fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
+    if weight.device.type != 'cpu' or compute_dtype(weight) != torch.float32 or not fits:
+        return {}
+    return {linear: packed_linear(linear.weight.detach(), linear.bias, rows) for linear in linears}
+
+
+def packed_linear(weight, bias, rows):
+    """A function x (..., K) -> x @ weight^T + bias (..., N) over a copy of weight (N, K), float32 on a CPU, in the layout
+    that is fastest to read for so many rows of x: reading the weights is what such a product takes its time for."""
+    if rows == 1 and len(weight) > weight.size(1) and bias is None:  # MKL adds long columns faster than it sums short rows
+        columns = weight.t().contiguous()
+        return lambda x: x @ columns
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'none', [], '')
+
+
+@contextmanager
+def packed_weights(packed):
+    """Uses what `pack_weights` gave, inside a `with` alone, so that no one else ever computes with a copy of weights that
+    have changed since."""
+    for linear, product in packed.items():
+        linear.product = product
+    try:
+        yield
+    finally:
+        for linear in packed:
+            linear.product = None
