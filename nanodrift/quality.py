@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from nanodrift import ngrams
 from nanodrift.data import derive_seed
-from nanodrift.objectives import sum_in_chunks
+from nanodrift.metrics import over_chunks, predictions
 
 FOLDS = 5
 MAUVE_SEEDS, MAUVE_SCALE, MAUVE_POINTS = 5, 5.0, 100
@@ -45,7 +45,7 @@ class Judged:
             ids = ids.to(self.model.device)
             x = self.model.trunk(ids)
             features.append(x.mean(1).float().cpu())
-            losses += float(sum_in_chunks(self.model, x[:, :-1], ids[:, 1:])['loss'])
+            losses += float(over_chunks(self.model, x[:, :-1], ids[:, 1:], predictions)['loss'].total)
         return torch.cat(features).numpy(), losses / (len(samples) * (samples.shape[1] - 1))
 
 
@@ -91,8 +91,8 @@ def area_under_divergences(p, q):
 def describe(samples, judged, seed=0):
     """{name: number} of samples (N, T) beside the real text of a Judged."""
     features, loss = judged.of(samples)
-    found = {'classifier': classifier_accuracy(features, judged.features, seed),
-             'mauve': mauve(features, judged.features, seed), 'judge_perplexity': math.exp(loss)}
-    found |= {f'js_{n}': ngrams.divergence(samples, judged.reference, n) for n in (1, 2, 3, 4)}
-    found |= {'entropy': ngrams.entropy(samples), 'repetition': ngrams.repetition(samples)}
-    return found | {f'distinct_{n}': ngrams.distinct(samples, n) for n in (1, 2, 3)}
+    numbers = {'classifier': classifier_accuracy(features, judged.features, seed),
+               'mauve': mauve(features, judged.features, seed), 'judge_perplexity': math.exp(loss)}
+    numbers |= {f'js_{n}': ngrams.divergence(samples, judged.reference, n) for n in (1, 2, 3, 4)}
+    numbers |= {'entropy': ngrams.entropy(samples), 'repetition': ngrams.repetition(samples)}
+    return numbers | {f'distinct_{n}': ngrams.distinct(samples, n) for n in (1, 2, 3)}
