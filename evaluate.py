@@ -12,6 +12,7 @@ text, for every type alike, beside real text and n-gram models (quality.py). The
 """
 import io
 import json
+import lzma
 import math
 import os
 import sys
@@ -41,6 +42,7 @@ from nanodrift.tokenizer import tokenizer_from_meta
 ALONE = Ranks()
 SAMPLES_AT_ONCE = 100
 WIDTH = 150  # of the tables, at least: narrower ones cannot be read
+XZ_AT_MOST = 2 ** 24  # bytes of text that xz is asked about: a language model is a compressor, and this one everybody has
 NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
 
 
@@ -116,6 +118,15 @@ def data_of(config, entry):
         raise UserError(f"{entry.name} was trained with tokenizer {entry.state['tokenizer']['name']}, {folder} has "
                         f"{meta['tokenizer']['name']} or another vocabulary of that name: prepare the text with the former")
     return folder, meta
+
+
+def xz_bits_per_byte(folder, meta, tokenizer):
+    """What `xz -9` needs for a data set's validation text, without its end-of-text tokens; None where that is long."""
+    if meta['splits']['val']['bytes'] > XZ_AT_MOST:
+        return None
+    ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'))
+    text = tokenizer.decode_bytes(ids[ids != meta['eot']].tolist())
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
 def likelihood(config, entry, ranks, dtype):
@@ -325,6 +336,9 @@ def tell(config, entries, found, samples):
     contexts = {entry.name: entry.model.config.block_size for entry in entries}
     named = {f'{entry.name} ({entry.model.config.model_type}, context {contexts[entry.name]})': found[entry.name]
              for entry in entries}
+    xz = xz_bits_per_byte(*data_of(config, entries[0]), entries[0].tokenizer) if len(texts) == 1 else None
+    if xz is not None:
+        named['xz -9, for comparison'] = {'bits_per_byte': xz}
     show('validation text', named, LIKELIHOOD, console, hide)
     if len(texts) > 1:
         console.print('different validation texts: nothing here can be compared; name one text with --data')

@@ -191,9 +191,10 @@ def folder_source(about, folder, **which):
 
 
 def python_source():
-    """The running interpreter's standard library. Its tests stay out: many systems do not install them."""
+    """The running interpreter's standard library. Its tests stay out, since many systems do not install them; so do its
+    tables of characters and the help texts of pydoc, which are data and not code, a sixth of what is there."""
     about = {'dataset': 'python', 'version': platform.python_version()}
-    skip = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test'}
+    skip = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data'}
     return folder_source(about, sysconfig.get_path('stdlib'), skip_folders=skip, ending='.py')
 
 

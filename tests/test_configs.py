@@ -11,26 +11,32 @@ from model import GPTConfig
 from nanodrift.options import build, read_config_file, read_values
 from train import TrainConfig, main
 
-CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))
+CONFIGS = sorted(glob.glob('**/*.py', root_dir=os.path.join(ROOT, 'config'), recursive=True))
 SMALLER = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 2,
            'max_iters': 2, 'num_epochs': 0, 'warmup_iters': 0, 'warmup_ratio': 0, 'eval_interval': 2, 'eval_iters': 1,
            'log_interval': 1, 'compile': False, 'device': 'cpu'}
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
-def test_config_runs_two_iterations(path, tmp_path, data_dir, encoder):
+def path_of(name):
+    return os.path.join(ROOT, 'config', name)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_runs_two_iterations(name, tmp_path, data_dir, encoder):
+    path = path_of(name)
     settings = read_config_file(path)
     small = [f'--{key}={value}' for key, value in SMALLER.items()]
-    place = [f'--data_dir={data_dir}', '--dataset=tiny_byte', f'--out_dir={tmp_path / "out"}']
-    place += [f'--{key}={encoder}' for key in ('encoder', 'init_from') if key in settings]
-    assert main([path, *small, *place]) == 0
+    here = [f'--data_dir={data_dir}', '--dataset=tiny_byte', f'--out_dir={tmp_path / "out"}']
+    here += [f'--{key}={encoder}' for key in ('encoder', 'init_from') if key in settings]
+    assert main([path, *small, *here]) == 0
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     assert [entry['iter'] for entry in lines if 'loss' in entry] == [1, 2]
     assert (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if 'gpt2_medium' in p], ids=os.path.basename)
-def test_gpt2_medium_is_the_published_recipe_whichever_file_is_named(path):
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('gpt2_medium')])
+def test_gpt2_medium_is_the_published_recipe_whichever_file_is_named(name):
+    path = path_of(name)
     values, _ = read_values([path], TrainConfig, GPTConfig)
     c, model = build(values, TrainConfig, GPTConfig)
     assert (model.n_layer, model.n_head, model.n_embd) == (24, 16, 1024)
@@ -41,16 +47,16 @@ def test_gpt2_medium_is_the_published_recipe_whichever_file_is_named(path):
         assert 'Not run here' in f.read()
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
-def test_config_is_headed_by_its_command_and_result(path):
-    with open(path, encoding='utf-8') as f:
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_is_headed_by_its_command_and_result(name):
+    with open(path_of(name), encoding='utf-8') as f:
         head = [line for line in f if line.startswith('#')]
     text = ''.join(head)
-    assert f'config/{os.path.basename(path)}' in text, 'the command'
+    assert f'config/{name}' in text, 'the command'
     assert 'loss' in text, 'what comes of it'
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
-def test_config_holds_only_what_differs_from_the_defaults(path):
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_holds_only_what_differs_from_the_defaults(name):
     defaults = {f.name: f.default for cls in (TrainConfig, GPTConfig) for f in fields(cls)}
-    assert [key for key, value in read_config_file(path).items() if defaults[key] == value] == []
+    assert [key for key, value in read_config_file(path_of(name)).items() if defaults[key] == value] == []

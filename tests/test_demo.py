@@ -1,12 +1,17 @@
-"""demo.py: the commands it runs are those of a user, and they end in text."""
+"""`make demo`: the commands it runs are those of a user, and they end in text."""
 import glob
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 
-import demo as script
 import prepare
 from nanodrift.options import read_config_file
+
+pytestmark = pytest.mark.slow
+SMALL = '--max_iters=2 --warmup_iters=0 --eval_iters=2'
 
 
 @pytest.fixture(scope='module')
@@ -18,40 +23,35 @@ def data_dir(tmp_path_factory):
         with open(name, encoding='utf-8') as f:
             texts.append(f.read())
     (folder / 'source.txt').write_text('<|endoftext|>'.join(texts), encoding='utf-8')
-    prepare.main([f'--input={folder}/source.txt', '--name=python', f'--tokenizer={script.TOKENIZER}', '--val_fraction=0.1',
+    prepare.main([f'--input={folder}/source.txt', '--name=python', '--tokenizer=bpe:1024', '--val_fraction=0.1',
                   '--num_proc=1', f'--data_dir={folder}'])
     return folder
 
 
-def demo(model_type, folder, data_dir):
-    """-> what `demo.py` printed, and the scripts it ran, in order."""
-    args = [f'--model_type={model_type}', '--max_iters=2', f'--out_dir={folder}/out', f'--data_dir={data_dir}']
-    said = run_script('demo.py', *args, timeout=300).stdout
-    return said, [line.split()[2] for line in said.splitlines() if line.startswith('$ python')]
+def make_demo(*variables):
+    """-> what `make demo` printed, and the scripts it ran, in order; the environment that runs the tests is its own."""
+    done = subprocess.run(['make', '-o', '.venv/.installed', 'demo', f'PY={sys.executable}', *variables], cwd=ROOT,
+                          capture_output=True, encoding='utf-8', timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [word for line in done.stdout.splitlines() if line.startswith(sys.executable)
+                         for word in line.split()[1:2]]
 
 
-def test_the_demo_of_masked_refinement(tmp_path, data_dir):
-    said, commands = demo('diffusion', tmp_path, data_dir)
-    assert commands == ['train.py', 'train.py', 'generate_diffusion.py']
-    assert 'the model needs at most' in said and 'step   0,   0 passes' in said and '\ndef ' in said
+@pytest.mark.parametrize('model, wanted', [
+    ('gpt2', ['train.py', 'evaluate.py', 'sample.py']), ('heat', ['train.py', 'evaluate.py', 'sample.py']),
+    ('diffusion', ['train.py', 'evaluate.py', 'generate_diffusion.py']), ('drifting', ['train.py', 'train.py', 'sample.py'])])
+def test_the_demo_of_a_type_ends_in_text(tmp_path, data_dir, model, wanted):
+    said, commands = make_demo(f'MODEL={model}', f'DATA={data_dir}', f'OUT={tmp_path}/out', f'ARGS={SMALL}')
+    assert commands == wanted
+    if model == 'drifting':
+        assert said.count('\n---------------\n') == 16 and os.path.isdir(tmp_path / 'out-encoder')
+    else:
+        assert '\ndef ' in said and 'xz -9' in said
 
 
-def test_the_demo_of_one_step_generation(tmp_path, data_dir):
-    said, commands = demo('drifting', tmp_path, data_dir)
-    assert commands == ['train.py', 'train.py', 'sample.py']
-    assert said.count('\n---------------\n') == 16
-    assert (tmp_path / 'out-encoder').is_dir()
-
-
-def test_it_prepares_the_data_set_that_its_recipes_read(tmp_path, monkeypatch):
-    def call(*words):
-        asked.append(words)
-        raise SystemExit
-    asked = []
-    monkeypatch.setattr(script, 'call', call)
-    with pytest.raises(SystemExit):
-        script.main([f'--data_dir={tmp_path}'])
-    (name, source, tokenizer, *_), = asked
-    assert (name, source) == ('prepare.py', 'python')
+def test_it_prepares_the_data_set_that_its_recipes_read(tmp_path):
+    done = subprocess.run(['make', '-n', 'demo', f'DATA={tmp_path}'], cwd=ROOT, capture_output=True, text=True, check=True)
+    prepared, = [line for line in done.stdout.splitlines() if 'prepare.py' in line]
+    assert 'prepare.py python --tokenizer=bpe:1024' in prepared
     for recipe in glob.glob(f'{ROOT}/config/train*_python.py'):
-        assert read_config_file(recipe)['dataset'] == f'{source}_{tokenizer.partition("=")[2].replace(":", "")}'
+        assert read_config_file(recipe)['dataset'] == 'python_bpe1024'

@@ -1,7 +1,9 @@
-"""Drifting: the field against the formula and its known properties, the generator, the coupled batch, one-step samples."""
+"""Drifting: the field against the formula and its known properties, the generator, the targets of an iteration, one-step
+samples."""
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,18 +18,26 @@ from model import GPT, Generator, GPTConfig, load_encoder, load_model
 from nanodrift import checkpoint, drifting, ngrams
 from nanodrift.drifting import (
     AFFINITY_FLOOR,
-    ITSELF,
+    FEATURES,
+    SELF_DISTANCE,
+    SHARPNESS,
     TEMPERATURES,
-    depths,
+    Field,
+    compute_drift_targets,
+    compute_token_drift_targets,
     distances,
     drift,
-    features,
-    numbers,
+    drift_loss,
+    examples,
+    feature_depths,
+    hidden_states,
+    make_batch,
+    mean_distance,
+    nearest,
     pool,
-    raw_field,
-    residual,
 )
 from nanodrift.machine import Ranks
+from nanodrift.metrics import Mean, Rows
 from nanodrift.objectives import nelbo_batch
 from nanodrift.options import UserError
 from train import Trainer
@@ -37,14 +47,27 @@ def points(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def rng(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the raw field
 
-def field_in_a_loop(x, positive, negative, temperature, floor, itself=0.0):
+def raw_field(x, positive, negative, temperature, floor=AFFINITY_FLOOR, self_distance=None):
+    """The field at x (N, D). `self_distance` is added to the distance of x_i from negative_i, where both are the same
+    samples."""
+    away = distances(x, negative)
+    if self_distance is not None:
+        away = away + self_distance * torch.eye(len(x))
+    return drifting.field(away, distances(x, positive), positive, negative, temperature, floor)
+
+
+def field_in_a_loop(x, positive, negative, temperature, floor, self_distance=0.0):
     """Algorithm 1 of the paper, one pair at a time, in Python floats."""
     targets = [*negative.tolist(), *positive.tolist()]
     n = len(negative)
-    logits = [[-(max(1e-4, math.dist(a, b)) + (itself if i == j and j < n else 0.0)) / temperature
+    logits = [[-(max(1e-4, math.dist(a, b)) + (self_distance if i == j and j < n else 0.0)) / temperature
                for j, b in enumerate(targets)] for i, a in enumerate(x.tolist())]
     rows = [sum(map(math.exp, row)) for row in logits]
     columns = [sum(math.exp(row[j]) for row in logits) for j in range(len(targets))]
@@ -58,12 +81,12 @@ def field_in_a_loop(x, positive, negative, temperature, floor, itself=0.0):
 
 
 @pytest.mark.parametrize('floor', [0.0, AFFINITY_FLOOR, 0.1])
-@pytest.mark.parametrize('itself', [None, 3.0])
-def test_the_field_is_its_formula(floor, itself):
+@pytest.mark.parametrize('self_distance', [None, 3.0])
+def test_the_field_is_its_formula(floor, self_distance):
     x, positive = points(5, 3), points(7, 3, seed=1)
-    negative = x if itself else points(4, 3, seed=2)
-    found = raw_field(x, positive, negative, 0.7, floor, itself)
-    assert torch.allclose(found, field_in_a_loop(x, positive, negative, 0.7, floor, itself or 0.0), atol=1e-9)
+    negative = x if self_distance else points(4, 3, seed=2)
+    V = raw_field(x, positive, negative, 0.7, floor, self_distance)
+    assert torch.allclose(V, field_in_a_loop(x, positive, negative, 0.7, floor, self_distance or 0.0), atol=1e-9)
 
 
 def test_exchanging_the_groups_negates_it_and_equal_groups_leave_nothing():
@@ -97,17 +120,17 @@ def test_coefficients_of_a_row_sum_to_zero():
 
 def test_a_sample_hardly_repels_itself():
     x, a = points(6, 4), points(9, 4, seed=1)
-    logits = -(torch.cat((distances(x, x) + ITSELF * torch.eye(6), distances(x, a)), 1)) / 0.2
+    logits = -(torch.cat((distances(x, x) + SELF_DISTANCE * torch.eye(6), distances(x, a)), 1)) / 0.2
     affinity = (logits.softmax(-1) * logits.softmax(-2)).sqrt().clamp(min=AFFINITY_FLOOR)
     assert torch.equal(affinity.diagonal(), torch.full((6,), AFFINITY_FLOOR, dtype=affinity.dtype))
-    assert not torch.allclose(raw_field(x, a, x, 0.2, itself=ITSELF), raw_field(x, a, x, 0.2))
+    assert not torch.allclose(raw_field(x, a, x, 0.2, self_distance=SELF_DISTANCE), raw_field(x, a, x, 0.2))
 
 
 def test_between_samples_of_one_distribution_it_falls_with_their_root():
     def rms(n):
-        found = [raw_field(points(n, 2, seed=10 + s), points(n, 2, seed=50 + s), points(n, 2, seed=10 + s), 0.2, 0.0, ITSELF)
-                 for s in range(12)]
-        return float(torch.stack([V.square().mean() for V in found]).mean().sqrt())
+        pairs = [(points(n, 2, seed=10 + s), points(n, 2, seed=50 + s)) for s in range(12)]
+        fields = [raw_field(x, real, x, 0.2, 0.0, SELF_DISTANCE) for x, real in pairs]
+        return float(torch.stack([V.square().mean() for V in fields]).mean().sqrt())
     small, large = rms(32), rms(512)
     assert 2.5 < small / large < 6.5  # 4 is expected
 
@@ -116,7 +139,7 @@ def test_points_that_it_moves_come_to_stand_as_the_data_do_and_by_attraction_alo
     data = points(300, 2)
     both = alone = 0.3 * points(300, 2, seed=1) + 3
     for _ in range(300):
-        V = raw_field(both, data, both, 0.5, 0.0, ITSELF)
+        V = raw_field(both, data, both, 0.5, 0.0, SELF_DISTANCE)
         both = both + 0.1 * V / V.square().mean().sqrt().clamp(min=0.05)
         alone = alone + 0.1 * ((-distances(alone, data) / 0.5).softmax(-1) @ data - alone)
     assert both.mean(0).norm() < 0.2 and both.std(0).numpy() == pytest.approx(data.std(0).numpy(), rel=0.2)
@@ -150,29 +173,34 @@ def test_it_is_the_raw_field_of_scaled_features():
     mean = torch.cat((distances(x, x), distances(x, a)), 1).mean()
     assert scale == pytest.approx(float(mean / math.sqrt(6)), rel=1e-5)
     y, b, unit = x / float(scale), a / float(scale), math.sqrt(6)
-    V = raw_field(y, b, y, 0.2 * unit, itself=ITSELF * unit)
+    V = raw_field(y, b, y, 0.2 * unit, self_distance=SELF_DISTANCE * unit)
     assert rms[0.2] == pytest.approx(float(V.square().mean().sqrt()), rel=1e-4)
     assert torch.allclose(targets[0], (y + V / V.square().mean().sqrt()).float(), atol=1e-4)
 
 
-def test_no_gradient_reaches_the_targets_or_the_scale():
+@pytest.fixture
+def loss_of(monkeypatch):
+    """loss_of(x, targets, scale) -> the loss of one feature set x (S, N, D), whatever it is a feature of."""
+    monkeypatch.setitem(FEATURES, 'given', lambda encoder, x, positions: {'f': x})
+    model = SimpleNamespace(config=SimpleNamespace(drift_features='given'), encoder=None)
+    return lambda x, targets, scale: drift_loss(model, x, Field({'f': targets}, {'f': scale}, torch.arange(1), None))
+
+
+def test_no_gradient_reaches_the_targets_or_the_scale(loss_of):
     x = points(1, 10, 4, dtype=torch.float32).requires_grad_()
     targets, scale, _ = drift(x, points(1, 10, 4, seed=1, dtype=torch.float32))
     assert not targets.requires_grad and not scale.requires_grad
-    field = drifting.Field({'f': targets}, {'f': scale}, torch.arange(1), None)
-    loss = residual({'f': x}, field)
-    grad, = torch.autograd.grad(loss, x)
+    grad, = torch.autograd.grad(loss_of(x, targets, scale), x)
     assert torch.allclose(grad, 2 * (x.detach() / scale - targets) / scale / x.numel(), atol=1e-6)
 
 
-def test_inside_bfloat16_autocast_it_is_float32():
+def test_inside_bfloat16_autocast_it_is_float32(loss_of):
     x, a = points(1, 20, 16, dtype=torch.float32), points(1, 20, 16, seed=1, dtype=torch.float32)
     plain = drift(x, a)[0]
     with torch.autocast('cpu', torch.bfloat16):
         inside, scale, _ = drift(x, a)
         assert inside.dtype == torch.float32 and torch.equal(inside, plain)
-        field = drifting.Field({'f': inside}, {'f': scale}, torch.arange(1), None)
-        assert residual({'f': x.bfloat16()}, field).dtype == torch.float32
+        assert loss_of(x.bfloat16(), inside, scale).dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,52 +208,52 @@ def test_inside_bfloat16_autocast_it_is_float32():
 
 def test_pooling_is_that_of_a_loop():
     states = points(3, 18, 5, dtype=torch.float32)
-    found = pool(states, torch.tensor([0, 7, 17]))
-    assert torch.equal(found['place'], states[:, [0, 7, 17]].transpose(0, 1))
-    assert set(found) == {'place', 'mean_18', 'std_18', 'mean_4', 'std_4', 'mean_16', 'std_16'}
+    pooled = pool(states, torch.tensor([0, 7, 17]))
+    assert torch.equal(pooled['position'], states[:, [0, 7, 17]].transpose(0, 1))
+    assert set(pooled) == {'position', 'mean_18', 'std_18', 'mean_4', 'std_4', 'mean_16', 'std_16'}
     for length in (18, 4, 16):
         for s in range(18 // length):
             window = states[:, s * length:(s + 1) * length]
-            assert torch.allclose(found[f'mean_{length}'][s], window.mean(1), atol=1e-6)
-            assert torch.allclose(found[f'std_{length}'][s], (window.var(1, unbiased=False) + 1e-6).sqrt(), atol=1e-6)
+            assert torch.allclose(pooled[f'mean_{length}'][s], window.mean(1), atol=1e-6)
+            assert torch.allclose(pooled[f'std_{length}'][s], (window.var(1, unbiased=False) + 1e-6).sqrt(), atol=1e-6)
 
 
 def test_depths_are_quarters():
-    assert depths(12) == [3, 6, 9, 12] and depths(4) == [1, 2, 3, 4] and depths(2) == [1, 2] and depths(1) == [1]
+    assert [feature_depths(n) for n in (12, 4, 2, 1)] == [[3, 6, 9, 12], [1, 2, 3, 4], [1, 2], [1]]
 
 
 def test_ids_and_their_embeddings_have_the_same_features(encoder):
     model = load_encoder(encoder)
     ids = torch.randint(200, (3, 16))
-    states = model.states(model.transformer.wte(ids), [1, 2])
+    states = hidden_states(model, model.transformer.wte(ids), [1, 2])
     assert torch.allclose(states[-1], model.trunk(ids), atol=1e-6)
-    found = features(model, model.transformer.wte(ids), torch.arange(4), 'states')
-    assert {name.split('_')[0] for name in found} == {'1', '2'}
-    assert all(values.size(1) == 3 for values in found.values())
+    features = FEATURES['states'](model, model.transformer.wte(ids), torch.arange(4))
+    assert {name.split('_')[0] for name in features} == {'1', '2'}
+    assert all(values.size(1) == 3 for values in features.values())
 
 
-def test_neighbours_embeddings_stand_side_by_side(encoder):
+def test_embeddings_of_neighbouring_tokens_stand_side_by_side(encoder):
     model = load_encoder(encoder)
-    ids, places = torch.randint(200, (3, 16)), torch.tensor([0, 1, 5, 11, 13])
-    found = features(model, model.transformer.wte(ids), places, 'tokens')
+    ids, positions = torch.randint(200, (3, 16)), torch.tensor([0, 1, 5, 11, 13])
+    features = FEATURES['tokens'](model, model.transformer.wte(ids), positions)
     table, nothing = model.transformer.wte.weight, torch.zeros(16)
 
     def stack(row, last, k):
         return torch.cat([table[row[i]] if 0 <= i < 16 else nothing for i in range(last - k + 1, last + 1)])
-    lasts = {2: [0, 1, 5, 11, 13, 16], 4: [0, 1, 5, 11, 13, 16, 17]}  # which places their stacks end at
+    lasts = {2: [0, 1, 5, 11, 13, 16], 4: [0, 1, 5, 11, 13, 16, 17]}  # which positions their stacks end at
     for k, each in lasts.items():
         sets = [each[:4], each[-4:]]  # four together, and the rest with as many before them as there are to be four
         wanted = [torch.stack([stack(row, last, k) for row in ids for last in some]) for some in sets]
-        assert torch.equal(found[f'tokens_{k}'], torch.stack(wanted))
-    short = features(model, model.transformer.wte(ids[:, :3]), torch.arange(3), 'tokens')
+        assert torch.equal(features[f'tokens_{k}'], torch.stack(wanted))
+    short = FEATURES['tokens'](model, model.transformer.wte(ids[:, :3]), torch.arange(3))
     assert short['tokens_4'].shape == (2, 12, 64)
-    both = features(model, model.transformer.wte(ids), places, 'both')
-    assert set(both) == set(found) | set(features(model, model.transformer.wte(ids), places, 'states'))
+    both = FEATURES['both'](model, model.transformer.wte(ids), positions)
+    assert set(both) == set(features) | set(FEATURES['states'](model, model.transformer.wte(ids), positions))
 
 
 def test_every_token_is_in_as_many_stacks(encoder):
     embeddings = torch.randn(1, 16, 16, requires_grad=True)
-    features(load_encoder(encoder), embeddings, torch.arange(16), 'tokens')['tokens_4'].sum().backward()
+    FEATURES['tokens'](load_encoder(encoder), embeddings, torch.arange(16))['tokens_4'].sum().backward()
     counts = embeddings.grad[0, :, 0]
     assert counts.min() >= 4
 
@@ -236,13 +264,17 @@ def test_every_token_is_in_as_many_stacks(encoder):
 def make(encoder, **options):
     torch.manual_seed(0)
     sizes = dict(model_type='drifting', encoder=encoder, block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
-    return GPT(GPTConfig(**sizes | options))
+    config = GPTConfig(**sizes | options)
+    return GPT(config, load_encoder(config.encoder))
 
 
 def noise_and_style(count=4, length=16):
-    rng = torch.Generator().manual_seed(1)
-    noise, _, style = drifting.batch(torch.zeros(count, length, dtype=torch.long), rng, n_embd=16)
-    return noise, style
+    return make_batch(torch.zeros(count, length, dtype=torch.long), rng(1), n_embd=16)[:2]
+
+
+def raw_outputs(generator, noise, style):
+    """What a generator without a prefix gives, (B, T, C)."""
+    return generator(noise, style, None, generator.h)
 
 
 @torch.no_grad()
@@ -256,10 +288,9 @@ def open_up(model):
 def test_it_starts_around_the_mean_embedding_spread_as_the_vocabulary_is(C):
     torch.manual_seed(0)
     config = GPTConfig(model_type='drifting', encoder='x', block_size=64, n_layer=1, n_head=2, n_embd=C)
-    generator, table = Generator(config), torch.randn(300, C) * 0.14 + torch.randn(C)
-    generator.start(table)
-    x = generator(torch.randn(4, 64, C), torch.randint(64, (4, 32)))
-    off = x - table.mean(0)
+    generator, vocabulary = Generator(config), torch.randn(300, C) * 0.14 + torch.randn(C)
+    generator.start_at(vocabulary)
+    off = raw_outputs(generator, torch.randn(4, 64, C), torch.randint(64, (4, 32))) - vocabulary.mean(0)
     assert off.square().mean().sqrt().item() == pytest.approx(0.14, rel=0.3)
     assert off.mean((0, 1)).square().mean().sqrt().item() < 0.08
 
@@ -267,10 +298,10 @@ def test_it_starts_around_the_mean_embedding_spread_as_the_vocabulary_is(C):
 def test_nearest_is_exact_inside_bfloat16_autocast(encoder):
     model = make(encoder)
     x = torch.randn(5, 16, 16) + 300 * torch.eye(16)[0]
-    cosine, ids = model.nearest(x)
+    cosine, ids = nearest(x, model.vocabulary)
     with torch.autocast('cpu', torch.bfloat16):
-        inside, same = model.nearest(x)
-        apart = drifting.pairwise(x[0])
+        inside, same = nearest(x, model.vocabulary)
+        apart = mean_distance(x[0])
     assert torch.equal(ids, same) and torch.equal(cosine, inside) and inside.dtype == torch.float32
     exact_distance = torch.pdist(x[0].double()).mean()
     assert apart == pytest.approx(float(exact_distance), rel=0.02)
@@ -338,8 +369,8 @@ def test_heads_start_out_looking_at_their_neighbours(encoder):
         value = F.linear(F.rms_norm(x, (C,)), block.c_attn.weight[2 * C + head * D])
         y = (block(x, torch.ones(1, C)) - x)[0, :, head * D]
         weights[head] = [torch.corrcoef(torch.stack((y[4:28], value[0, 4 + d:28 + d])))[0, 1] for d in range(-3, 4)]
-    assert [max(range(7), key=lambda d: found[d]) - 3 for found in weights.values()] == [-1, 1, -2, 2]
-    assert all(max(found) > 0.9 for found in weights.values())
+    assert [max(range(7), key=lambda d: row[d]) - 3 for row in weights.values()] == [-1, 1, -2, 2]
+    assert all(max(row) > 0.9 for row in weights.values())
 
 
 def test_attention_knows_how_far_apart_positions_are(encoder):
@@ -359,8 +390,8 @@ def test_the_gradient_flows_through_the_encoder_and_not_into_it(encoder):
             p.add_(torch.randn_like(p) * 0.05)
     noise, style = noise_and_style()
     ids = torch.randint(200, (4, 16))
-    (noise, field, style), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
-    model(noise, field, style)[1].backward()
+    (each,) = compute_drift_targets(model, [(noise, style, ids)], Ranks(), rng())
+    model(*each)[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert all(p.grad is None for p in model.encoder.parameters())
     own = set(model.state_dict())
@@ -380,7 +411,7 @@ def test_soft_output_is_a_mean_of_embeddings(encoder):
     noise, style = noise_and_style()
     x = model.embeddings(noise, style)
     table = model.encoder.transformer.wte.weight[:257]
-    middle, raw = table.mean(0), model.generator(noise, style)
+    middle, raw = table.mean(0), raw_outputs(model.generator, noise, style)
     cosines = F.cosine_similarity((raw - middle)[:, :, None], table - middle, dim=-1)
     weights = (cosines * SHARPNESS * 4).softmax(-1)  # 4: the root of the 16 channels
     assert torch.allclose(x, weights @ table, atol=1e-5)
@@ -392,7 +423,7 @@ def test_outputs_are_spread_at_the_start(encoder, how):
     x = model.embeddings(*noise_and_style(32))
     table = model.encoder.transformer.wte.weight[:257]
     share = (x - x.mean((0, 1))).square().mean() / (table - table.mean(0)).square().mean()
-    assert share > 0.2 and len(model.nearest(x)[1].unique()) > 50
+    assert share > 0.2 and len(nearest(x, table)[1].unique()) > 50
 
 
 def test_straight_through_writes_tokens_and_has_the_gradient_of_the_mean(encoder):
@@ -401,10 +432,10 @@ def test_straight_through_writes_tokens_and_has_the_gradient_of_the_mean(encoder
     noise, style = noise_and_style()
     outputs = [model.embeddings(noise, style) for model in (straight, soft)]
     table = straight.encoder.transformer.wte.weight[:257]
-    assert torch.allclose(outputs[0], table[straight.nearest(outputs[0])[1]], atol=1e-6)
-    raw = straight.generator(noise, style)
+    assert torch.allclose(outputs[0], table[nearest(outputs[0], table)[1]], atol=1e-6)
+    raw = raw_outputs(straight.generator, noise, style)
     cosines = F.cosine_similarity((raw - table.mean(0))[:, :, None], table - table.mean(0), dim=-1)
-    assert torch.equal(straight.nearest(outputs[0])[1], cosines.argmax(-1))
+    assert torch.equal(nearest(outputs[0], table)[1], cosines.argmax(-1))
     direction = torch.randn(outputs[0].shape)
     for x in outputs:
         (x * direction).sum().backward()
@@ -465,47 +496,48 @@ def test_the_encoder_must_be_a_gpt2_of_the_same_tokenizer(tiny, encoder, tmp_pat
 
 def test_the_field_has_the_temperatures_and_the_floor_asked_for(encoder):
     noise, style = noise_and_style(6)
-    ids, found = torch.randint(200, (6, 16)), []
+    ids, targets = torch.randint(200, (6, 16)), []
     for temperatures, floor in (('0.1,0.3', 1e-3), ('0.02,0.05,0.2', 1e-3), ('0.1,0.3', 0.5)):
         model = make(encoder, drift_temperatures=temperatures, drift_floor=floor)
-        (_, field, _), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
-        x = features(model.encoder, model.embeddings(noise, style), field.places, 'states')['1_place']
-        real = features(model.encoder, model.encoder.transformer.wte(ids), field.places, 'states')['1_place']
-        found.append(field.targets['1_place'])
-        assert torch.allclose(found[-1], drift(x, real, tuple(map(float, temperatures.split(','))), floor)[0], atol=1e-5)
-    assert not any(torch.allclose(found[0], other, atol=1e-2) for other in found[1:])
+        (_, _, field), = compute_drift_targets(model, [(noise, style, ids)], Ranks(), rng())
+        x, real = (FEATURES['states'](model.encoder, embeddings, field.positions)['1_position']
+                   for embeddings in (model.embeddings(noise, style), model.encoder.transformer.wte(ids)))
+        targets.append(field.targets['1_position'])
+        assert torch.allclose(targets[-1], drift(x, real, tuple(map(float, temperatures.split(','))), floor)[0], atol=1e-5)
+    assert not any(torch.allclose(targets[0], other, atol=1e-2) for other in targets[1:])
 
 
 @pytest.mark.parametrize('kind', ['states', 'tokens'])
-def test_micro_batches_are_coupled_into_one_field(encoder, kind):
+def test_micro_batches_have_one_field_together(encoder, kind):
     """Two micro-batches have the targets and the gradient of one batch of both."""
     model = make(encoder, drift_features=kind)
     open_up(model)  # so that all of it has a gradient
     noise, style = noise_and_style(6)
     ids = torch.randint(200, (6, 16))
-    (_, whole, _), = drifting.compute_drift_targets(model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
-    parts = [(noise[:3], ids[:3], style[:3]), (noise[3:], ids[3:], style[3:])]
-    halves = drifting.compute_drift_targets(model, parts, Ranks(), torch.Generator().manual_seed(3))
-    for name in whole.targets:
-        assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
-    found = []
-    for batches in ([(noise, whole, style)], halves):
+    whole = compute_drift_targets(model, [(noise, style, ids)], Ranks(), rng())
+    micro_batches = [(noise[:3], style[:3], ids[:3]), (noise[3:], style[3:], ids[3:])]
+    halves = compute_drift_targets(model, micro_batches, Ranks(), rng())
+    for name, targets in whole[0][-1].targets.items():
+        assert torch.allclose(torch.cat([field.targets[name] for *_, field in halves], 1), targets, atol=1e-4)
+    losses, gradients = [], []
+    for batches in (whole, halves):
         model.zero_grad()
         loss = sum(model(*each)[1] for each in batches) / len(batches)
         loss.backward()
-        found.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    for one, two in zip(found[0][1], found[1][1]):
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for one, two in zip(*gradients):
         assert one.abs().max() > 0 and torch.allclose(one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 def test_further_positives_come_from_the_examples_before():
-    rng = torch.Generator().manual_seed(0)
-    found = numbers(range(5008, 5016), 5000, rng, extra=300)
-    assert found[:8] == list(range(5008, 5016)) and len(found) == 308
-    assert min(found[8:]) >= 4000 and max(found[8:]) < 5000 and len(set(found[8:])) == 300
-    assert set(numbers(range(0, 8), 0, rng, extra=50)[8:]) <= set(range(8))
-    assert min(numbers(range(8, 16), 8, rng, extra=50)[8:]) >= 0
+    generator = rng(0)
+    numbers = examples(range(5008, 5016), 5000, generator, extra=300)
+    assert numbers[:8] == list(range(5008, 5016)) and len(numbers) == 308
+    assert min(numbers[8:]) >= 4000 and max(numbers[8:]) < 5000 and len(set(numbers[8:])) == 300
+    assert set(examples(range(0, 8), 0, generator, extra=50)[8:]) <= set(range(8))
+    assert min(examples(range(8, 16), 8, generator, extra=50)[8:]) >= 0
 
 
 def test_a_run_says_what_matters_and_keeps_the_best_by_divergence(tiny, encoder):
@@ -522,14 +554,36 @@ def test_a_run_says_what_matters_and_keeps_the_best_by_divergence(tiny, encoder)
     assert resume(config.out_dir, '--max_iters=8') == 0
 
 
+def metrics_of(samples, real, samples_states, real_states, distance=0.0):
+    """As `drifting.measure` finds them: of ids (N, T), and of their hidden states (N, C) at one depth."""
+    return {('samples', '1_mean_16'): Rows(samples_states), ('real', '1_mean_16'): Rows(real_states),
+            'vocabulary_distance': Mean(torch.tensor(distance), torch.tensor(float(len(samples)))),
+            'samples': Rows(samples), 'real': Rows(real)}
+
+
+@torch.no_grad()
+def test_the_metrics_are_those_of_each_sample(encoder):
+    model = make(encoder)
+    noise, style = noise_and_style(6)
+    ids = torch.randint(200, (6, 16))
+    metrics = drifting.measure(model, noise, style, ids)
+    assert set(metrics) == set(metrics_of(ids, ids, noise[:, 0], noise[:, 0])) | {
+        (kind, '2_mean_16') for kind in ('samples', 'real')}
+    x = model.embeddings(noise, style)
+    for kind, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
+        for depth, states in zip((1, 2), hidden_states(model.encoder, embeddings, [1, 2])):
+            assert torch.allclose(metrics[kind, f'{depth}_mean_16'].rows, states.mean(1), atol=1e-6)
+    cosines, samples = nearest(x, model.vocabulary)
+    assert torch.equal(metrics['samples'].rows, samples) and torch.equal(metrics['real'].rows, ids)
+    assert metrics['vocabulary_distance'].value() == pytest.approx(float((1 - cosines).mean()), rel=1e-5)
+
+
 def test_the_field_of_one_distribution_is_small_however_many_samples_there_are():
     """The equilibrium, as the metrics tell it: with a floor under the affinities it would grow with their number."""
     def measured(count, shift=0.0):
         x, y = torch.randn(count, 16) + shift, torch.randn(count, 16)
         ids = torch.randint(50, (count, 16))
-        sums = {'count': torch.tensor(float(count)), 'vocabulary_distance': torch.tensor(0.0), 'samples_all': ids,
-                'real_all': ids, 'samples_1_mean_16_all': x, 'real_1_mean_16_all': y}
-        return drifting.summary(sums)['field_0.2']
+        return drifting.summary(metrics_of(ids, ids, x, y))['field_0.2']
     torch.manual_seed(0)
     few, many, apart = measured(256), measured(2048 + 100), measured(256, shift=1.0)
     assert many == pytest.approx(few, rel=0.2) and apart > 3 * few
@@ -541,7 +595,7 @@ def test_checkpointing_reaches_the_encoder(tiny, encoder):
     trainer.model.encoder.transformer.h[0].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
     noise, style = noise_and_style()
     ids = torch.randint(200, (4, 16))
-    (each,) = drifting.compute_drift_targets(trainer.model, [(noise, ids, style)], Ranks(), torch.Generator().manual_seed(3))
+    (each,) = compute_drift_targets(trainer.model, [(noise, style, ids)], Ranks(), rng())
     trainer.model(*each)[1].backward()
     assert count == [False, False, True, True]  # samples and real text for the targets; the loss, and again going back
 
@@ -556,14 +610,14 @@ def test_collapse_is_reported():
     real = torch.randint(50, (20, 16))
     same = torch.zeros_like(real)
     states = torch.randn(20, 4)
-    sums = {'count': torch.tensor(20.0), 'vocabulary_distance': torch.tensor(3.0), 'samples_all': same, 'real_all': real,
-            'samples_1_mean_16_all': 2 * states, 'real_1_mean_16_all': states}
-    assert drifting.summary(sums)['diversity'] == pytest.approx(2, rel=1e-3)
-    assert drifting.summary(sums)['vocabulary_distance'] == pytest.approx(0.15)
-    assert drifting.summary(sums)['collapsed'] == 1
-    assert drifting.summary(sums | {'samples_all': real.flip(0)})['collapsed'] == 0
-    assert drifting.summary(sums | {'samples_all': real.flip(0)})['js_2'] == 0
-    assert drifting.summary(sums)['floor'] == ngrams.divergence(real[::2].numpy(), real[1::2].numpy(), 2) > 0
+    collapsed = drifting.summary(metrics_of(same, real, 2 * states, states, distance=3.0))
+    flipped = drifting.summary(metrics_of(real.flip(0), real, 2 * states, states, distance=3.0))
+    assert collapsed['diversity'] == pytest.approx(2, rel=1e-3)
+    assert collapsed['vocabulary_distance'] == pytest.approx(0.15)
+    assert collapsed['collapsed'] == 1
+    assert flipped['collapsed'] == 0
+    assert flipped['js_2'] == 0
+    assert collapsed['floor'] == ngrams.divergence(real[::2].numpy(), real[1::2].numpy(), 2) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,34 +627,37 @@ def soft_model(encoder, **options):
     torch.manual_seed(0)
     sizes = dict(model_type='diffusion', diffusion_objective='drift', encoder=encoder, block_size=16, vocab_size=257,
                  n_layer=2, n_head=2, n_embd=32)
-    return GPT(GPTConfig(**sizes | options))
+    config = GPTConfig(**sizes | options)
+    return GPT(config, load_encoder(config.encoder) if config.has_encoder else None)
 
 
 def corrupted(count=6):
-    rng = torch.Generator().manual_seed(5)
-    return nelbo_batch(torch.randint(200, (count, 16), generator=rng), rng, mask=257)
+    generator = rng(5)
+    return nelbo_batch(torch.randint(200, (count, 16), generator=generator), generator, mask=257)
 
 
 def test_soft_tokens_are_means_of_embeddings_where_a_token_is_masked(encoder):
     model, (X, _, _) = soft_model(encoder), corrupted()
-    found = model.soft_tokens(X, model.trunk(X))
+    soft = model.soft_tokens(X, model.trunk(X))
     table = model.encoder.transformer.wte.weight
     logits, _ = model(X)
     assert (X == 257).any() and (X != 257).any()
     for b, t in itertools.product(*map(range, X.shape)):
         wanted = logits[b, t, :257].softmax(-1) @ table[:257] if X[b, t] == 257 else table[X[b, t]]
-        assert torch.allclose(found[b, t], wanted, atol=1e-6)
+        assert torch.allclose(soft[b, t], wanted, atol=1e-6)
 
 
 def test_token_drift_adds_the_field_to_the_bound(encoder):
     model, other = soft_model(encoder, drift_weight=0.5), soft_model('', diffusion_objective='nelbo')
     other.load_state_dict(model.state_dict())
     X, Y, W = corrupted()
-    (X, field, W), = drifting.compute_token_drift_targets(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
-    found = features(model.encoder, model.soft_tokens(X, model.trunk(X)), field.places, 'states')
+    (X, field, W), = compute_token_drift_targets(model, [(X, Y, W)], Ranks(), rng())
+    features = FEATURES['states'](model.encoder, model.soft_tokens(X, model.trunk(X)), field.positions)
+    squares = [(features[name] / field.scales[name] - targets).square().mean() for name, targets in field.targets.items()]
     loss = model(X, field, W)[1]
     bound = other(X, Y, W)[1]
-    assert loss.item() == pytest.approx(bound.item() + 0.5 * residual(found, field).item() / len(found), rel=1e-5)
+    assert len(squares) == len(features)
+    assert loss.item() == pytest.approx(bound.item() + 0.5 * sum(squares).item() / len(features), rel=1e-5)
     model.config.drift_weight = 0.0
     model(X, field, W)[1].backward()
     bound.backward()
@@ -613,11 +670,11 @@ def test_token_drift_adds_the_field_to_the_bound(encoder):
     assert all(p.grad is None for p in model.encoder.parameters())
 
 
-def test_token_drift_couples_micro_batches(encoder):
+def test_token_drift_has_one_field_for_all_micro_batches(encoder):
     model, (X, Y, W) = soft_model(encoder), corrupted()
-    (_, whole, _), = drifting.compute_token_drift_targets(model, [(X, Y, W)], Ranks(), torch.Generator().manual_seed(3))
-    parts = [(X[:3], Y[:3], W[:3]), (X[3:], Y[3:], W[3:])]
-    halves = drifting.compute_token_drift_targets(model, parts, Ranks(), torch.Generator().manual_seed(3))
+    (_, whole, _), = compute_token_drift_targets(model, [(X, Y, W)], Ranks(), rng())
+    micro_batches = [(X[:3], Y[:3], W[:3]), (X[3:], Y[3:], W[3:])]
+    halves = compute_token_drift_targets(model, micro_batches, Ranks(), rng())
     for name in whole.targets:
         assert torch.allclose(torch.cat([field.targets[name] for _, field, _ in halves], 1), whole.targets[name], atol=1e-4)
 
@@ -676,7 +733,7 @@ def test_each_position_takes_the_nearest_token(out_dir):
     model.generator.register_forward_hook(lambda *_: calls.append(1))
     ids = model.generate_at_once(3, seed=5)
     assert len(calls) == 1 and ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 257
-    noise, _, style = drifting.batch(torch.zeros(3, 16, dtype=torch.long), torch.Generator().manual_seed(5), n_embd=16)
+    noise, style, _ = make_batch(torch.zeros(3, 16, dtype=torch.long), rng(5), n_embd=16)
     with torch.no_grad():
         x = model.embeddings(noise, style)
     table = model.encoder.transformer.wte.weight[:257].detach().numpy()

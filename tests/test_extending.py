@@ -1,4 +1,4 @@
-"""The README's example of a new model type, applied to a copy of the repository: all else picks it up by itself."""
+"""The example of docs/extending.md, applied to a copy of the repository: everything else picks the new type up by itself."""
 import json
 import os
 import re
@@ -11,21 +11,30 @@ from conftest import ROOT, TINY, pseudo_text
 
 import prepare
 
+pytestmark = pytest.mark.slow
+
+
+def blocks():
+    """The code blocks of docs/extending.md: (file, the anchor that they go before or None, the lines)."""
+    with open(os.path.join(ROOT, 'docs', 'extending.md'), encoding='utf-8') as f:
+        found = re.findall(r'```python (\S+) (?:before="(.*?)"|new)\n(.*?)```', f.read(), re.S)
+    return [(name, anchor.replace('\\n', '\n') or None, lines) for name, anchor, lines in found]
+
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
-    """A copy of the repository with the README's lines applied."""
+    """A copy of the repository with those lines in it."""
     folder = tmp_path_factory.mktemp('extended')
-    names = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.splitlines()
     for name in names:
         if os.path.exists(os.path.join(ROOT, name)):
             os.makedirs(folder / os.path.dirname(name), exist_ok=True)
             shutil.copy(os.path.join(ROOT, name), folder / name)
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        change, = re.findall('```diff\n(.*?)```', f.read(), re.S)
-    assert len(re.findall('^[+](?![+])', change, re.M)) < 60
-    subprocess.run(['git', 'apply', '--unsafe-paths', '-'], cwd=folder, input=change, text=True, check=True,
-                   env=os.environ | {'GIT_DIR': '/nonexistent'})
+    for name, anchor, lines in blocks():
+        text = (folder / name).read_text(encoding='utf-8') if anchor else ''
+        assert not anchor or text.count(anchor) == 1, f'{name} has its anchor {anchor!r} once'
+        (folder / name).write_text(text.replace(anchor, lines + anchor) if anchor else lines, encoding='utf-8')
     (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
     prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=byte', '--num_proc=1', f'--data_dir={folder}'])
     return folder
@@ -33,16 +42,23 @@ def copy(tmp_path_factory):
 
 def do(copy, *words):
     """Runs python in the copy; returns what it says."""
-    env = os.environ | {'PYTHONPATH': os.path.join(ROOT, 'tests', 'offline')}
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([os.path.join(ROOT, 'tests', 'offline'), str(copy)])}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=copy, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def test_a_type_that_changes_attention_takes_few_lines_and_three_files():
+    code = [line for name, _, lines in blocks() for line in lines.splitlines()
+            if line.strip() and not line.strip().startswith('#') and not name.startswith('tests/')]
+    assert len(code) < 40
+    assert len({name for name, _, _ in blocks() if not name.startswith('tests/')}) <= 3
+
+
 def test_the_tests_take_the_new_type_up(copy):
     kinds = 'local and (later or cache or config or gradients_of_two_ranks or resuming_is_exact)'
     said = do(copy, '-m', 'pytest', '-v', '-p', 'no:cacheprovider', '-k', kinds, *(f'tests/test_{name}.py' for name in (
-        'attention', 'configs', 'train', 'ddp')))
+        'model_types', 'configs', 'train', 'machine')))
     assert int(re.search(r'(\d+) passed', said)[1]) >= 18 and 'failed' not in said
 
 

@@ -1,125 +1,37 @@
-"""The heat-kernel experiment: calibration against a slow version, what is left out, the files of a run, the figures."""
+"""The heat-kernel experiment: what is learned and what is left out, the files of a run, its command line."""
 import json
 import math
-import os
+from functools import partial
 
 import pytest
 import torch
 from conftest import pseudo_text
+from test_metrics import slow_calibration
 
 import prepare
 import sample
 import train
 import train_diffusion_attention as experiment
-from experiments import plot_results
-from experiments.temperature import fit_temperature, score
-from experiments.temperature import main as temperature_main
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_model
 from nanodrift import checkpoint
 from nanodrift.objectives import IGNORE, ignoring
 from nanodrift.options import UserError
-from nanodrift.report import plt
 
 SMALL = ['--n_layers=2', '--d_model=16', '--d_ff=40', '--n_heads=2', '--seq_len=16', '--batch_size=4', '--eval_iters=2',
          '--eval_interval=2', '--max_iters=4', '--device=cpu', '--compile=False']
 
 
+def run_experiment(log_dir, data_dir, *args, name='run'):
+    """Runs the experiment on the tiny data set; returns the folder of the run."""
+    place = [f'--dataset={data_dir}/tiny_byte', f'--log_dir={log_dir}', f'--exp_name={name}']
+    assert experiment.main([*SMALL, *place, *args]) == 0
+    return log_dir / name
+
+
 @pytest.fixture
 def go(tmp_path, data_dir):
     """go(*args) runs the experiment on the tiny data set; returns its folder."""
-    def start(*args, name='run'):
-        place = [f'--dataset={data_dir}/tiny_byte', f'--log_dir={tmp_path}', f'--exp_name={name}']
-        assert experiment.main([*SMALL, *place, *args]) == 0
-        return tmp_path / name
-    return start
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# calibration
-
-def slow_calibration(logits, targets):
-    """One position at a time, in Python floats."""
-    rows = []
-    for row, target in zip(logits.double(), targets.tolist()):
-        if target == IGNORE:
-            continue
-        p = (row - row.max()).exp()
-        p = (p / p.sum()).tolist()
-        confidence = max(p)
-        brier = sum((q - (v == target)) ** 2 for v, q in enumerate(p))
-        rows.append((confidence, float(p.index(confidence) == target), brier, -sum(q * math.log(q) for q in p)))
-    n, ece = len(rows), 0.0
-    for b in range(BINS):
-        inside = [r for r in rows if b / BINS < r[0] <= (b + 1) / BINS]
-        if inside:
-            ece += abs(sum(r[1] for r in inside) - sum(r[0] for r in inside)) / n
-    mean = [sum(r[i] for r in rows) / n for i in range(4)]
-    return {'ece': ece, 'confidence': mean[0], 'accuracy': mean[1], 'brier': mean[2], 'entropy': mean[3],
-            'overconfidence': mean[0] - mean[1], 'brier_top1': sum((r[0] - r[1]) ** 2 for r in rows) / n,
-            'entropy_std': math.sqrt(sum((r[3] - mean[3]) ** 2 for r in rows) / n),
-            'entropy_min': min(r[3] for r in rows), 'entropy_max': max(r[3] for r in rows)}
-
-
-@pytest.mark.parametrize('sharpness', [0.3, 2.0, 6.0])
-def test_calibration_is_that_of_a_slow_count(sharpness):
-    rng = torch.Generator().manual_seed(0)
-    logits = torch.randn(400, 11, generator=rng) * sharpness
-    targets = torch.randint(11, (400,), generator=rng)
-    targets[::7] = logits[::7].argmax(-1)
-    targets[::13] = IGNORE
-    parts = zip(logits.split(90), targets.split(90))
-    found = calibration(add([calibration_sums(x, y) for x, y in parts]))
-    for name, wanted in slow_calibration(logits, targets).items():
-        assert found[name] == pytest.approx(wanted, abs=1e-5), name
-    assert sum(n for n, _, _ in found['bins']) == (targets != IGNORE).sum()
-
-
-def test_certainty_and_its_opposite():
-    sure = torch.full((4, 3), -1e4)
-    sure[:, 1] = 0.0
-    right, wrong = torch.tensor([1, 1, 1, 1]), torch.tensor([0, 0, 2, 2])
-    assert calibration(calibration_sums(sure, right))['ece'] == 0
-    found = calibration(calibration_sums(sure, wrong))
-    assert found['ece'] == 1 and found['brier'] == 2 and found['overconfidence'] == 1 and found['entropy'] == 0
-
-
-def slow_loss(logits, targets, temperature):
-    """Mean cross entropy over the counted positions, in float64."""
-    losses = [(row / temperature).log_softmax(-1)[t].neg().item() for row, t in zip(logits.double(), targets) if t != IGNORE]
-    return sum(losses) / len(losses)
-
-
-def test_the_fitted_temperature_is_the_best_one():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=1, n_embd=8)).eval()
-    pieces = []
-    for factor in (3.0, 6.0):  # hidden states whose logits are too sure of themselves
-        x = torch.randn(5, 8, 8) * factor * 20
-        y = torch.distributions.Categorical(logits=model.head(x).detach() / 4).sample()
-        y[0, :3] = IGNORE
-        pieces.append((x, y))
-    found = fit_temperature(model, pieces)
-    logits = torch.cat([model.head(x).detach().flatten(0, 1) for x, _ in pieces])
-    targets = torch.cat([y.flatten() for _, y in pieces])
-    best = min((1 + i / 50 for i in range(300)), key=lambda t: slow_loss(logits, targets, t))
-    assert found == pytest.approx(best, abs=0.03) and 2.5 < found < 6
-    assert score(model, pieces, found)['loss'] == pytest.approx(slow_loss(logits, targets, found), rel=1e-5)
-
-
-def test_a_checkpoint_is_scored_on_one_half_and_scaled_by_the_other(go, tmp_path, capsys):
-    folder = go('--max_iters=12', '--lr=1e-2')
-    temperature_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last'])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found['temperature'] > 0 and found['temperature'] != 1
-    assert found['as_it_is']['accuracy'] == found['scaled']['accuracy']  # no temperature changes the likeliest token
-    assert found['as_it_is']['ece'] != found['scaled']['ece']
-    before = found['as_it_is']
-    temperature_main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', '--ignore_text=e'])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['as_it_is']['loss'] > before['loss']
-    (tmp_path / 'a.txt').write_text(pseudo_text(2000))
-    prepare.main([f'--input={tmp_path}/a.txt', '--name=other', '--tokenizer=char', f'--data_dir={tmp_path}'])
-    with pytest.raises(UserError, match='tokenizer'):
-        temperature_main([f'--out_dir={folder}', f'--data={tmp_path}/other_char'])
+    return partial(run_experiment, tmp_path, data_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,14 +44,14 @@ def test_the_published_labels_are_shifted_twice_and_scored_once():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=4, vocab_size=12, n_layer=1, n_head=1, n_embd=8)).eval()
     with torch.no_grad():
-        found = experiment.summarize(experiment.measure(model, X, Y, None, published=True))
+        found = experiment.summary(experiment.measure(model, X, Y, None, published=True))
         logits, loss = model(X, Y)
     assert found['loss'] == pytest.approx(loss.item(), rel=1e-5)
     following = slow_calibration(logits[:, :-1].flatten(0, 1), X[:, 1:].flatten())
     assert found['ece'] == pytest.approx(following['ece'], abs=1e-5)
     assert found['scored_accuracy'] == pytest.approx(following['accuracy'])
-    scored = [experiment.measure(model, X, Y, None, True, ignored)['scored_count'] for ignored in ((), [1], [7, 8])]
-    assert scored == [6, 5, 4]  # of the 3 labels in each of the two rows
+    scored = [experiment.measure(model, X, Y, None, published=True, ignored=ids)['scored'] for ids in ((), [1], [7, 8])]
+    assert [calibration.sums['count'] for calibration in scored] == [6, 5, 4]  # of the 3 labels in each of the two rows
 
 
 def slow_parts(row, ids):
@@ -264,42 +176,6 @@ def test_checkpoints_that_are_kept_and_tokens_that_are_not_used(go):
     assert checkpoint.load(str(folder / 'ckpt_000003.pt'))['iter_num'] == 3
     with pytest.raises(UserError, match='80 tokens, fewer than one window'):
         go('--max_tokens=800', '--seq_len=128', name='short')
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """{file name: the axes that were saved in it}"""
-    found, real = {}, plt.Figure.savefig
-    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, path, **k: (found.update({os.path.basename(path): fig.axes[0]}),
-                                                                       real(fig, path, **k)))
-    return found
-
-
-def test_the_figures(go, tiny, tmp_path, capsys, drawn):
-    folders = [go(name='standard'), go('--model=diffusion_fixed', '--n_layers=1', name='heat'),
-               go('--model=diffusion_adaptive', name='adaptive')]
-    out = tmp_path / 'figures'
-    plot_results.main([*map(str, folders), f'--out={out}'])
-    names = {p.name for p in out.iterdir()}
-    assert names == {f'{n}.png' for n in ('loss', 'accuracy', 'perplexity', 'dynamics', 'trade_off', 'reliability', 'depth',
-                                          'time_law')}
-    assert all((out / name).read_bytes().startswith(b'\x89PNG') for name in names)
-    for name in ('loss', 'accuracy', 'perplexity', 'dynamics', 'trade_off'):
-        axes = drawn[f'{name}.png']
-        assert [line.get_label() for line in axes.lines] == ['standard', 'heat', 'adaptive'], name
-        assert all(len(line.get_xdata()) == (2 if name == 'trade_off' else 3) for line in axes.lines), name
-    ece = [plot_results.Run(str(folder)).last('val_ece') for folder in folders]
-    assert [line.get_ydata()[-1] for line in drawn['dynamics.png'].lines] == ece
-    assert len(drawn['reliability.png'].lines) == 4 and len(drawn['depth.png'].containers) == 3
-    labels = drawn['time_law.png'].get_legend_handles_labels()[1]
-    assert labels == ['0.28 * sqrt(4 / L)', 'adaptive, each layer', 'fixed t of the lowest ECE']
-    config, model_config = tiny(out_dir='plain')
-    train.train(config, model_config)
-    plot_results.main([str(folders[0]), f'{config.out_dir}/metrics.jsonl', f'--out={tmp_path}/more'])
-    assert [line.get_label() for line in drawn['perplexity.png'].lines] == ['standard', 'plain']
-    for wrong in ([], [str(tmp_path)]):
-        with pytest.raises(UserError, match='folder'):
-            plot_results.main(wrong)
 
 
 def test_wikitext_that_was_not_prepared_is_named(tmp_path):

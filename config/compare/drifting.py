@@ -1,9 +1,10 @@
-# One-step generation beside gpt2, in the features of a gpt2 model of another seed: sizes and tokens as in compare_gpt2.py
-#   python train.py config/compare_gpt2.py --seed=2 --out_dir=out-encoder
-#   python train.py config/compare_drifting.py --encoder=out-encoder
+# One-step generation compared with gpt2, in the features of a gpt2 model of another seed; sizes and tokens are as in
+# config/compare/gpt2.py
+#   python train.py config/compare/gpt2.py --seed=2 --out_dir=out-encoder
+#   python train.py config/compare/drifting.py --encoder=out-encoder
 # val_loss, the divergence of 2-grams from real text, 0.627, where other real text has 0.170 (seed 1, some 3 minutes of
 # one core with bfloat16)
-from config.compare_gpt2 import *  # noqa: F403
+from config.compare.gpt2 import *  # noqa: F403
 
 out_dir = 'out-compare-drifting'
 model_type = 'drifting'

@@ -1,7 +1,7 @@
-# Eight ways of modelling text beside each other on a CPU, this one the baseline: the Python standard library's source, half
-# an epoch, so that noise cannot win as a regulariser
+# Eight ways of modelling text compared with each other on a CPU, this one the baseline: the Python standard library's
+# source, half an epoch, so that noise cannot win as a regulariser
 #   python prepare.py python --tokenizer=bpe:1024
-#   python train.py config/compare_gpt2.py
+#   python train.py config/compare/gpt2.py
 # Validation loss: see the table in README.md. For gpt2 half and twice the rate are worse (LOG.md).
 out_dir = 'out-compare-gpt2'
 dataset = 'python_bpe1024'

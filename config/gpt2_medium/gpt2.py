@@ -1,6 +1,6 @@
 # GPT-2 Medium on WikiText-103: the baseline of the published drift-diffusion experiments
 #   python prepare.py wikitext-103
-#   torchrun --standalone --nproc_per_node=8 train.py config/train_wikitext103_gpt2_medium.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium/gpt2.py
 # Not run here. Published, read off the plots of BluebrainAI, "Parallel Transformer Models" (2025): validation perplexity
 # 23.6 to 24.0 (a loss of 3.16 to 3.18). Their `batch_size: 40000` is the chunk of the tokenising map; 64 is the batch.
 out_dir = 'out-wikitext103-gpt2-medium'

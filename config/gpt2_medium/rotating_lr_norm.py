@@ -1,8 +1,8 @@
 # GPT-2 Medium on WikiText-103 with learned rotation rates, normalised: what differs from the baseline
-#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium_rotating_lr_norm.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium/rotating_lr_norm.py
 # Not run here. Published validation loss: no figure could be read off the plots
 # (BluebrainAI, Parallel Transformer Models, 2025, read off its plots).
-from config.train_wikitext103_gpt2_medium import *  # noqa: F403
+from config.gpt2_medium.gpt2 import *  # noqa: F403
 
 out_dir = 'out-wikitext103-gpt2-medium-rotating-lr-norm'
 model_type = 'rotating'
