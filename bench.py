@@ -5,7 +5,7 @@ Speed and memory of training and of generation, alone or side by side with a nan
     python bench.py --against=../nanoGPT --n_layer=12 --n_head=12 --n_embd=768 --batch_size=4
     python bench.py --against=../nanoGPT --part=loss --steps=300 --data=data/tinystories     do both learn the same?
     python bench.py --part=types --vocab_size=256 --block_size=512                           what do the model types cost?
-    python bench.py --part=refine --block_size=64                                            refinement beside left to right
+    python bench.py --part=refine --block_size=64                                            refinement, left to right
 
 Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
 machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
@@ -255,20 +255,20 @@ def bench_loss(config, model_config, sides, device, held_out=20):
             if (number + 1) % max(1, config.steps // 10) == 0:
                 print(f'  step {number + 1}: {side.name} {loss:.4f}', flush=True)
     val = [batch for batch, _ in zip(batches(config, model_config, device, 'val'), range(held_out))]
-    found = {}
+    losses = {}
     with torch.no_grad():
         for side in sides:
             side.model.eval()
-            found[side.name] = round(sum(side.model(*batch)[1].item() for batch in val) / held_out, 4)
-    print('validation loss: ' + ', '.join(f'{name} {loss:.4f}' for name, loss in found.items()))
-    return found
+            losses[side.name] = round(sum(side.model(*batch)[1].item() for batch in val) / held_out, 4)
+    print('validation loss: ' + ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items()))
+    return losses
 
 
 def report_memory(names, part):
     """{side name: MiB that a fresh process with it alone needs at its peak for three training steps, or to generate}."""
-    found = {name: memory_of(name, part) for name in names}
-    print('  peak memory of a process of its own: ' + ', '.join(f'{name} {mib} MiB' for name, mib in found.items()))
-    return found
+    memory = {name: memory_of(name, part) for name in names}
+    print('  peak memory of a process of its own: ' + ', '.join(f'{name} {mib} MiB' for name, mib in memory.items()))
+    return memory
 
 
 def memory_of(name, part):
@@ -293,7 +293,7 @@ def peak_memory(device):
 def report(title, times, tokens, unit_flops=None, peak=None):
     """Prints a table of one measurement and returns it as a dict."""
     print(f'\n{title}')
-    found = {}
+    rows = {}
     for name, seconds in times.items():
         median = statistics.median(seconds)
         row = {'ms': round(median * 1e3, 2), 'ms_min': round(min(seconds) * 1e3, 2), 'ms_max': round(max(seconds) * 1e3, 2),
@@ -304,18 +304,18 @@ def report(title, times, tokens, unit_flops=None, peak=None):
             row['of_peak'] = round(unit_flops * tokens / median / peak, 3)
             line += f'  {row["of_peak"]:6.1%} of the matrix-product peak'
         print(line, flush=True)
-        found[name] = row
+        rows[name] = row
     if 'gpt2' in times:
         for name, seconds in times.items():
             ratios = [mine / base for mine, base in zip(seconds, times['gpt2'])]
-            found[name]['ratio'] = round(statistics.median(ratios), 3)
-            print(f'  {name:<14} takes {found[name]["ratio"]:.3f} times the time of gpt2 '
+            rows[name]['ratio'] = round(statistics.median(ratios), 3)
+            print(f'  {name:<14} takes {rows[name]["ratio"]:.3f} times the time of gpt2 '
                   f'[{min(ratios):.3f} to {max(ratios):.3f}, round by round]', flush=True)
     elif len(times) == 2:
         ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanoGPT'])]
-        found['ratio'] = round(statistics.median(ratios), 2)
-        print(f'  ours is {found["ratio"]:.2f} times as fast [{min(ratios):.2f} to {max(ratios):.2f}, round by round]')
-    return found
+        rows['ratio'] = round(statistics.median(ratios), 2)
+        print(f'  ours is {rows["ratio"]:.2f} times as fast [{min(ratios):.2f} to {max(ratios):.2f}, round by round]')
+    return rows
 
 
 def side_names(config):

@@ -8,7 +8,8 @@ One table over any checkpoints: what may be compared, and what may not.
 
 Causal types: loss, perplexity, bits per byte, accuracy, calibration. Diffusion: an upper bound of the loss, with its
 standard error. With a judge, a causal checkpoint that none of the others is or comes from: how far samples are from held-out
-text, for every type alike, beside real text and n-gram models (quality.py). The last line of stdout is one JSON object.
+text, for every type alike, together with real text and n-gram models (nanodrift/quality.py). The last line of stdout is
+one JSON object.
 """
 import io
 import json
@@ -130,7 +131,7 @@ def xz_bits_per_byte(folder, meta, tokenizer):
 
 
 def likelihood(config, entry, ranks, dtype):
-    """{name: number} for one checkpoint over validation text; what its type has no likelihood for is not there."""
+    """{name: number} for one checkpoint over validation text; nothing where its type has none."""
     folder, meta = data_of(config, entry)
     model, objective, T = entry.model, entry.model.objective, entry.model.config.block_size
     if config.stride:
@@ -249,7 +250,7 @@ def reference_quality(config, entry, judge, ranks=ALONE):
 
 
 def describe(rows, config, entry, judge, ranks):
-    """{row: {name: number}} of samples, judged beside held-out text; the rows are dealt to the ranks."""
+    """{row: {name: number}} of samples, compared with held-out text; the rows are dealt to the ranks."""
     judged = quality.Judged(judge.model, held_out_halves(*data_of(config, entry), config)[0])
     mine = {row: quality.describe(rows[row], judged, config.seed) for row in list(rows)[ranks.rank::ranks.world_size]}
     all_ranks = {row: numbers for rank in ranks.gather(mine) for row, numbers in rank.items()}
@@ -270,18 +271,18 @@ QUALITY = {'classifier': 'classifier', 'mauve': 'MAUVE', 'js_1': 'JS 1', 'js_2':
            'distinct_3': 'dist 3', 'repetition': 'repeated', 'nfe': 'NFE', 'tokens_per_s': 'tokens/s'}
 
 
-def cells(found, columns, hide=()):
+def cells(numbers, columns, hide=()):
     """The cells of one row; a bound says that it is one."""
-    bound = 'bound' in found
+    bound = 'bound' in numbers
     row = []
     for key in columns:
-        value = found.get('bound' if bound and key == 'loss' else key)
+        value = numbers.get('bound' if bound and key == 'loss' else key)
         if bound and key == 'perplexity':
-            value = math.exp(found['bound'])
+            value = math.exp(numbers['bound'])
         if value is None or key in hide:
             row.append('')
         elif bound and key == 'loss':
-            row.append(f'<= {value:.4f} ± {found["nelbo_stderr"]:.4f}')
+            row.append(f'<= {value:.4f} ± {numbers["nelbo_stderr"]:.4f}')
         else:
             text = f'{value:,.1f}' if value >= 100 else f'{value:.4f}' if value < 10 else f'{value:.2f}'
             row.append('<= ' * (bound and key in ('perplexity', 'bits_per_byte')) + text)
@@ -293,8 +294,8 @@ def show(title, rows, columns, console, hide=()):
     table.add_column('')
     for name in columns.values():
         table.add_column(name, justify='right')
-    for name, found in rows.items():
-        table.add_row(name, *cells(found, columns, hide))
+    for name, numbers in rows.items():
+        table.add_row(name, *cells(numbers, columns, hide))
     console.print(table)
 
 
@@ -316,17 +317,17 @@ def evaluate(config, draw_config, ranks):
         check_judge(config, judge, entries)
         for entry in entries:
             ways_to_draw(config, draw_config, entry)  # a mistake shows before the work
-    found = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
+    likelihoods = {entry.name: likelihood(config, entry, ranks, dtype) for entry in entries}
     samples = {}
     if judge:
         samples = reference_quality(config, entries[0], judge, ranks)
         samples |= sample_quality(config, draw_config, entries, judge, ranks)
     if ranks.first:
-        tell(config, entries, found, samples)
-    return found, samples
+        tell(config, entries, likelihoods, samples)
+    return likelihoods, samples
 
 
-def tell(config, entries, found, samples):
+def tell(config, entries, likelihoods, samples):
     """Prints the tables, and what may not be compared."""
     console = Console(width=max(WIDTH, Console().width))
     texts = {data_of(config, entry)[1]['splits']['val']['text_sha256'] for entry in entries}
@@ -334,7 +335,7 @@ def tell(config, entries, found, samples):
     if len(texts) > 1:
         hide = set(LIKELIHOOD)
     contexts = {entry.name: entry.model.config.block_size for entry in entries}
-    named = {f'{entry.name} ({entry.model.config.model_type}, context {contexts[entry.name]})': found[entry.name]
+    named = {f'{entry.name} ({entry.model.config.model_type}, context {contexts[entry.name]})': likelihoods[entry.name]
              for entry in entries}
     xz = xz_bits_per_byte(*data_of(config, entries[0]), entries[0].tokenizer) if len(texts) == 1 else None
     if xz is not None:
@@ -351,7 +352,7 @@ def tell(config, entries, found, samples):
         kind = entry.model.config.model_type
         if entry.state.get('published_labels'):
             console.print(f'{entry.name} learned the token after the next one (--published=True), and is scored by the next')
-        if not found[entry.name]:
+        if not likelihoods[entry.name]:
             console.print(f'{entry.name} ({kind}) has no likelihood: its samples can be judged')
         elif kind == 'diffusion':
             console.print(f'{entry.name} ({kind}): accuracy, ECE, Brier and entropy are those of masked tokens')
@@ -364,8 +365,8 @@ def tell(config, entries, found, samples):
                 console.print(f'{name} has collapsed: fewer than half of the distinct 2-grams of real text')
 
 
-def draw_reliability(config, found):
-    bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in found.items() if 'bins' in numbers}
+def draw_reliability(config, likelihoods):
+    bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in likelihoods.items() if 'bins' in numbers}
     if config.figure and not bins:
         print('no reliability to draw: none of these has a likelihood')
     elif config.figure:
@@ -382,11 +383,11 @@ def main(argv):
         sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
     ranks = setup_ranks(config.device, config.backend, timeout=1800)
     try:
-        found, samples = evaluate(config, draw_config, ranks)
+        likelihoods, samples = evaluate(config, draw_config, ranks)
         if ranks.first:
-            print(json.dumps(finite({'likelihood': found, 'samples': samples})), flush=True)
+            print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)
             with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
-                draw_reliability(config, found)
+                draw_reliability(config, likelihoods)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

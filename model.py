@@ -28,7 +28,6 @@ from nanodrift.sampling import sample_logits
 
 TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
-LEAST_FIELD_TEMPERATURE = 1e-6  # likewise distances in its units
 # these have two dimensions or more, and yet are no matrices that weight decay is for
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
 ADAPTIVE, DRIFT = {'heat_t': 'adaptive'}, {'diffusion_objective': 'drift'}  # what some options need
@@ -78,16 +77,15 @@ class GPTConfig:
     positions: str = option('rotary', 'what tells positions apart', ('rotary', 'learned', 'both'), types='diffusion')
     penalty_keep_mask: float = option(0.25, 'weight of a masked token for which [MASK] is predicted', **REPAIR)
     penalty_mask_correct: float = option(0.5, 'weight of a right token for which [MASK] is predicted', **REPAIR)
-    drift_weight: float = option(1.0, 'weight of the field, that of the bound being 1', at_least=0, types='diffusion',
-                                 needs=DRIFT)
+    drift_weight: float = option(1.0, 'weight of the field; the bound has 1', types='diffusion', at_least=0, needs=DRIFT)
 
     # drifting, and diffusion with --diffusion_objective=drift: the field, and where it is taken
     encoder: str = option('', "folder of a gpt2 run, or 'hf:NAME_OR_FOLDER', in whose features text is compared", **FIELD)
     drift_features: str = option('states', 'what is compared: hidden states of the encoder, embeddings of neighbouring '
                                  'tokens, or both', tuple(drifting.FEATURES), **FIELD)
-    drift_temperatures: str = option('0.02,0.05,0.2', 'temperatures of the field, in mean distances', **FIELD, items=float,
-                                     at_least=LEAST_FIELD_TEMPERATURE)
-    drift_floor: float = option(1e-3, 'least affinity of two samples; 0 for many samples', **FIELD, at_least=0)
+    drift_temperatures: str = option(drifting.DEFAULT_TEMPERATURES, 'temperatures of the field, in mean distances', **FIELD,
+                                     items=float, at_least=drifting.LEAST_TEMPERATURE)
+    drift_floor: float = option(drifting.AFFINITY_FLOOR, 'least affinity of two samples; 0 for many', **FIELD, at_least=0)
     drift_output: str = option('embedding', 'an embedding for each position; a mean of those there are; or that of the '
                                'argmax, with the gradient of the mean', ('embedding', 'soft', 'straight'), types='drifting')
     drift_look: float = option(0.0, 'local-attention initialisation: how strongly heads prefer neighbouring positions at '
@@ -116,8 +114,7 @@ class GPTConfig:
     @property
     def causal(self):
         """Whether a later token changes nothing of an earlier one: diffusion and published adaptive heat look ahead."""
-        looks_ahead = self.model_type == 'heat' and self.heat_t == 'adaptive' and self.published
-        return self.model_type not in ('diffusion', 'drifting') and not looks_ahead
+        return self.model_type not in ('diffusion', 'drifting') and not (self.published and self.heat_t == 'adaptive')
 
     @property
     def mask_tokens(self):
@@ -198,8 +195,7 @@ class GPT(nn.Module):
 
     def __init__(self, config, encoder=None):
         super().__init__()
-        self.config = config
-        self.objective = TYPES[config.model_type].objective(config)
+        self.config, self.objective = config, TYPES[config.model_type].objective(config)
         # an encoder is frozen and someone else's: neither among the parameters nor in the state dict
         object.__setattr__(self, 'encoder', encoder)
         self.layers = self.build(config)  # what the trunk runs through, a plain list: its parameters are in h already
@@ -274,8 +270,7 @@ class GPT(nn.Module):
         packed = kernels.pack_weights(self, rows=len(idx))
         cache = None
         if use_cache and self.config.causal:
-            length = min(block_size, idx.size(1) + max_new_tokens)
-            cache = kernels.KVCache(self.config, len(idx), length, self.lm_head.weight)
+            cache = kernels.KVCache(self, len(idx), min(block_size, idx.size(1) + max_new_tokens))
         fresh = idx
         for _ in range(max_new_tokens):
             if cache is not None and cache.length + fresh.size(1) > block_size:
@@ -302,10 +297,9 @@ class GPT(nn.Module):
     def decay_groups(self, weight_decay):
         """Parameter groups for the optimizer: matrices and embeddings decay; biases, gains and NO_DECAY do not."""
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        decay = [p for name, p in trainable.items() if p.dim() >= 2 and name.rpartition('.')[2] not in NO_DECAY]
-        no_decay = [p for name, p in trainable.items() if p.dim() < 2 or name.rpartition('.')[2] in NO_DECAY]
-        assert len(decay) + len(no_decay) == len(trainable), 'every trainable parameter is in exactly one group'
-        return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
+        matrices = {name for name, p in trainable.items() if p.dim() >= 2 and name.rpartition('.')[2] not in NO_DECAY}
+        return [{'params': [p for name, p in trainable.items() if name in matrices], 'weight_decay': weight_decay},
+                {'params': [p for name, p in trainable.items() if name not in matrices], 'weight_decay': 0.0}]
 
     def num_params(self):
         """Parameters, without those of positions (nanoGPT's count)."""
@@ -397,8 +391,7 @@ class DiffusionTime(nn.Module):
         """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
 
         published: the statistics are averaged over all queries, so that one t, (B, H, 1, 1), sees the future."""
-        B, H, Tq, D = q.shape
-        Tk = k.size(2)
+        (B, H, Tq, D), Tk = q.shape, k.size(2)
         q = q / math.sqrt(D)
         top, purity, *_ = kernels.score_statistics(q.flatten(0, 1), k.flatten(0, 1))  # `plain_score_statistics`
         seen = torch.arange(Tk - Tq + 1, Tk + 1, device=q.device, dtype=torch.float32)  # keys that each query sees
@@ -470,7 +463,7 @@ class ParallelGPT(GPT):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # duo: the next token, and the token that a mask stands for (BluebrainAI, Parallel Transformer Models, 2025). Tokens never
-# look at masks, so they are gpt2; the T-1 masks, one after every token but the last, run beside them.
+# look at masks, so they are gpt2; the T-1 masks, one after every token but the last, run together with them.
 
 class DuoAttention(Attention):
 
@@ -486,8 +479,7 @@ class DuoAttention(Attention):
         log-sum-exp, handed over in a further coordinate, and a further coordinate of the values tells the weight that it
         got, which the two then share.
         """
-        B, N, C = x.shape
-        M = ahead.size(1)
+        (B, N, C), M = x.shape, ahead.size(1)
         D = C // self.n_head
         q, k, v = self.c_attn(x).view(B, N, 3, self.n_head, D).permute(2, 0, 3, 1, 4)  # (B, H, T + T-1, D) each
         (q, q_mask), (k, k_mask), (v, v_mask) = (part.split((M + 1, M), dim=2) for part in (q, k, v))
@@ -548,17 +540,13 @@ class DuoGPT(GPT):
 
     def flops_per_token(self):
         """A mask for every token, and keys and values from embeddings."""
-        c = self.config
-        ahead = 0 if c.published else 6 * c.n_layer * 2 * c.n_embd ** 2
-        return 2 * super().flops_per_token() + ahead if c.duo_fill_weight else super().flops_per_token()
+        ahead = 0 if self.config.published else 12 * self.config.n_layer * self.config.n_embd ** 2
+        return super().flops_per_token() + (super().flops_per_token() + ahead if self.config.duo_fill_weight else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion: masked refinement (Sahoo et al., arXiv 2406.07524). Attention looks both ways; [MASK] = vocab_size is one more
 # id. nanodrift/refinement.py has the orders and what is taken back.
-
-LOCAL_ATTENTION = 5.0  # biases of q and k: the score of neighbouring positions is about 3 lower
-
 
 class DiffusionAttention(Attention):
     causal = False
@@ -574,7 +562,7 @@ class DiffusionAttention(Attention):
         find the neighbours, and until then it learns no more than how often each token occurs (LOG.md)."""
         if self.rope is not None and self.config.bias and 2 * self.layer < self.config.n_layer:
             bias = self.c_attn.bias.view(3, self.n_head, -1)
-            bias[:2] = local_attention_biases(self.rope.frequencies, LOCAL_ATTENTION)
+            bias[:2] = local_attention_biases(self.rope.frequencies, 5.0)  # others score about 3 lower
 
     def attend(self, q, k, v, cache=None):
         if self.rope is not None:
@@ -673,8 +661,7 @@ class GeneratorBlock(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
         inner = 64 * math.ceil(8 * C / 3 / 64)
-        rates = rotary_rates(config)
-        self.n_head = config.n_head
+        self.n_head, rates = config.n_head, rotary_rates(config)
         self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.q_norm, self.k_norm, self.rope = nn.RMSNorm(D), nn.RMSNorm(D), RotaryEmbedding(rates, config.block_size)
         self.look = nn.Parameter(local_attention_biases(rates, config.drift_look)) if config.drift_look else None
@@ -834,8 +821,8 @@ def load_model(state, device='cpu'):
     huggingface.check_complete(state)
     config = from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments')
     if config.diffusion_objective == 'drift':
-        plain = {f.name: f.default for f in fields(config) if 'diffusion_objective' in f.metadata['needs']}
-        config = replace(config, **plain | {'diffusion_objective': 'nelbo'})
+        defaults = {f.name: f.default for f in fields(config) if f.metadata['needs'] == DRIFT}
+        config = replace(config, **defaults, diffusion_objective='nelbo')
     model = GPT(config, load_encoder(config.encoder) if config.has_encoder else None)
     if state.get('foreign'):
         checkpoint.start_from(model, state['model'])
@@ -856,6 +843,6 @@ def load_encoder(name):
     if kind != 'gpt2':
         raise UserError(f'encoder={name} is a {kind} model, it must be gpt2')
     model = load_model(state)
-    model.source = {key: state[key] for key in ('run_id', 'parents', 'tokenizer')}
-    model.source['fingerprint'] = checkpoint.fingerprint(model.state_dict())
+    known = {key: state[key] for key in ('run_id', 'parents', 'tokenizer')}
+    model.source = known | {'fingerprint': checkpoint.fingerprint(model.state_dict())}
     return model

@@ -165,11 +165,11 @@ def training_sample(stream):
 
 @contextlib.contextmanager
 def temporary_folder(data_dir, name):
-    """A hidden folder beside the data set, removed at the end, whatever happens."""
+    """A hidden folder next to the data set, removed at the end, whatever happens."""
     prefix = f'.{name}.tmp-'
     os.makedirs(data_dir, exist_ok=True)
     for left in glob.glob(os.path.join(glob.escape(data_dir), glob.escape(prefix) + '*')):
-        # Only a killed run leaves one behind; one that is still written to belongs to a run beside this one.
+        # Only a killed run leaves one behind; one that is still written to belongs to another run.
         if time.time() - max(map(os.path.getmtime, [left, *glob.glob(os.path.join(glob.escape(left), '*'))])) > 3600:
             shutil.rmtree(left, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=prefix, dir=data_dir)
@@ -181,7 +181,7 @@ def temporary_folder(data_dir, name):
 
 def publish(temporary, folder):
     """Moves a finished data set into place. Without meta.json, which goes first and comes last, it counts as
-    incomplete, so that no reader sees an old file beside a new one. Signals are held off meanwhile."""
+    incomplete, so that no reader sees old and new files together. Signals are held off meanwhile."""
     os.makedirs(folder, exist_ok=True)
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -196,11 +196,11 @@ def publish(temporary, folder):
 
 def versions(*packages):
     """{name: version} of Python and of those packages that are installed."""
-    found = {'python': platform.python_version()}
+    installed = {'python': platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def report(meta, data_dir, name):

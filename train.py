@@ -204,7 +204,7 @@ class Trainer:
         return [t if t is None else t.to(device) for t in tensors]
 
     def _check_finite(self, loss, norm):
-        """Ends the run before the update that would spoil the weights. With float16 an infinite gradient now and then is
+        """Ends the run before the update that would break the weights. With float16 an infinite gradient now and then is
         ordinary: the scaler skips the update and halves its scale, but not for ever."""
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):

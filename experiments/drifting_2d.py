@@ -135,7 +135,7 @@ def main(argv):
     config, _ = configure(argv, PlaneConfig, description=__doc__)
     names, seeds = config.data.split(','), split_numbers(config.seeds)
     figure, axes = plt.subplots(len(names), 5, figsize=(15, 3.1 * len(names)), squeeze=False)
-    found = {}
+    results = {}
     for row, name in zip(axes, names):
         ratios = []
         for seed in seeds:
@@ -144,13 +144,13 @@ def main(argv):
             mine, floor, real = measure(shown[-1], DATA[name], rng)
             ratios.append(mine / floor)
             print(f'{name}, seed {seed}: sliced Wasserstein distance {mine:.4f}, of a second sample {floor:.4f}', flush=True)
-        found[name] = ratios
+        results[name] = ratios
         titles = ('start', 'a tenth', 'a third', f'{config.steps} steps', 'data')
         (left, bottom), (right, top) = real.min(0).values - 0.5, real.max(0).values + 0.5
         for axis, title, points in zip(row, titles, [*shown, real]):
             axis.scatter(*points.T, s=1, linewidths=0, color='#222222' if title == 'data' else '#c2410c')
             axis.set(title=f'{name}: {title}', xticks=[], yticks=[], aspect='equal', xlim=(left, right), ylim=(bottom, top))
-    print(json.dumps(found), flush=True)
+    print(json.dumps(results), flush=True)
     figure.tight_layout()
     figure.savefig(config.figure, dpi=110)
 

@@ -6,7 +6,7 @@ Figures of one or several runs, from their metrics.jsonl.
 
 Draws what the runs have measured: loss, accuracy and perplexity against steps; and of runs of train_diffusion_attention.py
 the training dynamics of calibration, the trade-off between perplexity and calibration, reliability diagrams, and, where the
-depths differ, calibration and the learned diffusion time against depth beside the law t = 0.28 * sqrt(4 / L).
+depths differ, calibration and the learned diffusion time against depth, with the law t = 0.28 * sqrt(4 / L).
 """
 import json
 import math
@@ -24,7 +24,7 @@ class PlotConfig:
 
 
 class Run:
-    """The evaluations of one run: lists by name, and its settings, if there are any beside its metrics.jsonl."""
+    """The evaluations of one run: lists by name, and its settings, where there is a config.json."""
 
     def __init__(self, path):
         folder = os.path.dirname(os.path.abspath(path)) if os.path.isfile(path) else path
@@ -78,18 +78,18 @@ def trade_off(axes, runs):
 
 def by_kind_and_depth(runs):
     """{(kind, layers): the ECE of each of its seeds}"""
-    found = {}
+    groups = {}
     for r in runs:
-        found.setdefault((r.kind(), r.layers), []).append(r.last('val_ece'))
-    return found
+        groups.setdefault((r.kind(), r.layers), []).append(r.last('val_ece'))
+    return groups
 
 
 def against_depth(axes, runs):
     """Mean over the seeds, with the least and the greatest."""
-    found = by_kind_and_depth(runs)
-    for kind in sorted({kind for kind, _ in found}):
-        depths = sorted(depth for k, depth in found if k == kind)
-        seeds = [found[kind, depth] for depth in depths]
+    groups = by_kind_and_depth(runs)
+    for kind in sorted({kind for kind, _ in groups}):
+        depths = sorted(depth for k, depth in groups if k == kind)
+        seeds = [groups[kind, depth] for depth in depths]
         means = [sum(s) / len(s) for s in seeds]
         spread = [[m - min(s) for m, s in zip(means, seeds)], [max(s) - m for m, s in zip(means, seeds)]]
         axes.errorbar(depths, means, yerr=spread, marker='o', capsize=3, label=kind)
@@ -106,8 +106,8 @@ def time_law(axes, runs):
     best, words = {}, ('depth', 'adaptive')
     fixed = [r for r in runs if r.config['model_type'] == 'heat' and r.config['heat_t'] not in words]
     for (kind, depth), seeds in by_kind_and_depth(fixed).items():
-        found = sum(seeds) / len(seeds), float(kind.rpartition('=')[2])
-        best[depth] = min(best.get(depth, found), found)
+        lowest = sum(seeds) / len(seeds), float(kind.rpartition('=')[2])
+        best[depth] = min(best.get(depth, lowest), lowest)
     if best:
         axes.scatter(list(best), [t for _, t in best.values()], marker='*', s=80, label='fixed t of the lowest ECE')
 

@@ -118,7 +118,7 @@ def load_weights(model, weights):
         model.load_state_dict(weights)
     except RuntimeError as e:
         first = str(e).splitlines()[1].strip()
-        raise UserError(f'the weights are not those of the model that is described beside them; another '
+        raise UserError(f'the weights are not those of the model that its model_args describe; another '
                         f'version may have written them (its commit is in config.json): {first[:150]}') from None
 
 

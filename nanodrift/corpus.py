@@ -162,13 +162,13 @@ def is_text(path):
 
 def list_files(folder, skip_folders=(), ending=''):
     """Sorted paths below `folder`: (text files, the others). Hidden files and folders are left out."""
-    found = []
+    paths = []
     for at, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith('.') and name not in skip_folders]
-        found += [os.path.join(at, name) for name in files if not name.startswith('.') and name.endswith(ending)]
-    found.sort(key=lambda path: path.split(os.sep))
-    texts = [path for path in found if is_text(path)]
-    return texts, sorted(set(found) - set(texts))
+        paths += [os.path.join(at, name) for name in files if not name.startswith('.') and name.endswith(ending)]
+    paths.sort(key=lambda path: path.split(os.sep))
+    texts = [path for path in paths if is_text(path)]
+    return texts, sorted(set(paths) - set(texts))
 
 
 def read_files(paths):
@@ -216,7 +216,7 @@ def hub_is_reachable():
     try:
         url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
         urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=5).close()
-    except OSError as e:    # an HTTP error or a certificate that we cannot check is an answer too
+    except OSError as e:    # an HTTP error or a certificate that we cannot check is a reply too
         return isinstance(e, urllib.error.HTTPError) or isinstance(getattr(e, 'reason', None), ssl.SSLError)
     return True
 

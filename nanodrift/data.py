@@ -105,11 +105,11 @@ class Windows:
             with np.errstate(over='ignore'):
                 draws = mix(mix(numbers) ^ np.uint64(derive_seed(self.seed, Stream.RANDOM_WINDOWS)))
             return (draws % np.uint64(self.tokens - self.window + 1)).astype(np.int64)
-        epochs, places = np.divmod(numbers, np.uint64(len(self)))
+        epochs, numbers = np.divmod(numbers, np.uint64(len(self)))
         index = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            index[here] = permute(places[here], len(self), derive_seed(self.seed, Stream.EPOCH_ORDER, int(epoch)))
+            index[here] = permute(numbers[here], len(self), derive_seed(self.seed, Stream.EPOCH_ORDER, int(epoch)))
         return index * self.stride
 
     def read(self, offsets):

@@ -19,7 +19,9 @@ from nanodrift.machine import exact
 from nanodrift.metrics import Mean, Rows
 from nanodrift.options import UserError, split_numbers
 
-TEMPERATURES = (0.02, 0.05, 0.2)
+DEFAULT_TEMPERATURES = '0.02,0.05,0.2'  # in mean distances, as published
+TEMPERATURES = split_numbers(DEFAULT_TEMPERATURES, float)
+LEAST_TEMPERATURE = 1e-6  # below, distances in its units overflow float32
 AFFINITY_FLOOR = 1e-3
 LEAST_SCALE = 1e-3
 SELF_DISTANCE = 100.0  # added to the distance of a sample from itself

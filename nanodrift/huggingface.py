@@ -1,6 +1,6 @@
 """
 Models in Hugging Face's format, both ways: GPT-2 as transformers keeps it, and every other type as a config.json of our own
-beside a model.safetensors; the tokenizers that go with them.
+and a model.safetensors; the tokenizers that go with them.
 """
 import json
 import os

@@ -244,9 +244,10 @@ rotate.register_autograd(_backward_of_rotate, setup_context=lambda ctx, inputs, 
 class KVCache:
     """Keys and values of the positions seen so far, for every layer: two tensors (L, B, H, T_max, D)."""
 
-    def __init__(self, config, batch_size, max_len, weight):
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(2, *shape, device=weight.device, dtype=compute_dtype(weight)).unbind(0)
+    def __init__(self, model, batch_size, max_len):
+        c, weight = model.config, model.lm_head.weight
+        shape = (2, c.n_layer, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
+        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=compute_dtype(weight)).unbind(0)
         self.length = 0  # positions held; advanced once per forward pass, after the last layer
 
     def append(self, layer, k, v):

@@ -30,17 +30,17 @@ def divergence(samples, reference, n):
 
 def distinct(samples, n):
     """Share of different n-grams among all."""
-    found = windows(samples, n)
-    return len(np.unique(found, axis=0)) / len(found)
+    all_ngrams = windows(samples, n)
+    return len(np.unique(all_ngrams, axis=0)) / len(all_ngrams)
 
 
 def entropy(samples):
     """Entropy of the tokens of one sample, in nats, averaged over samples."""
-    found = []
+    entropies = []
     for row in np.asarray(samples):
         p = np.unique(row, return_counts=True)[1] / len(row)
-        found.append(-(p * np.log(p)).sum())
-    return float(np.mean(found))
+        entropies.append(-(p * np.log(p)).sum())
+    return float(np.mean(entropies))
 
 
 def repetition(samples, n=4):

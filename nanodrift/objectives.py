@@ -260,7 +260,7 @@ def diffusion_metrics(model, X, Y, W, calibrated=False, *, repair):
 
 
 def diffusion_summary(metrics):
-    """Numbers of such metrics: the bound is the mean over sequences, beside it its standard error."""
+    """Numbers of such metrics: the bound is the mean over sequences, and has a standard error."""
     bounds = metrics['nelbo'].rows
     numbers = summarize({name: metric for name, metric in metrics.items() if name != 'nelbo'})
     stderr = float(bounds.std(correction=0)) / math.sqrt(len(bounds))

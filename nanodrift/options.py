@@ -18,7 +18,7 @@ from dataclasses import MISSING, field, fields
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message says how. Scripts print it as one line and exit with 2."""
+    """A mistake that the user can fix; the message says how. Scripts print it as one line and exit with 2."""
 
 
 def option(default, help, choices=None, *, types=(), at_least=None, above=None, at_most=None, below=None, needs=None,
@@ -145,11 +145,11 @@ def read_config_file(path):
     if not os.path.isfile(path):
         raise UserError(f"no config file {path!r}; a config file is given by its path, a setting as --key=value")
     try:
-        found = runpy.run_path(path)
+        settings = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise UserError(f'{path} is not a readable Python file: {reason}') from None
-    return {k: v for k, v in found.items()
+    return {k: v for k, v in settings.items()
             if not k.startswith('_') and not isinstance(v, types.ModuleType) and not callable(v)}
 
 

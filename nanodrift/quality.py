@@ -1,10 +1,10 @@
 """
 How close samples come to real text, for models that have no likelihood in common: distances of distributions, each to be
-read beside its floor (held-out text against other held-out text), and the descriptive numbers that go with them.
+compared with its floor (held-out text against other held-out text), and the descriptive numbers that go with them.
 
 The primary one is the accuracy of a two-sample classifier, fixed in advance: 0.5 is perfect, 1 is told apart every time.
-Perplexity under a judge is no measure of quality, even beside entropy: samplers without a model in them beat published
-ones on it (arXiv 2606.08417). All samples are token ids (N, T) of one length.
+Perplexity under a judge is no measure of quality, even together with entropy: samplers without a model in them beat
+published ones on it (arXiv 2606.08417). All samples are token ids (N, T) of one length.
 """
 import math
 import warnings
@@ -89,7 +89,7 @@ def area_under_divergences(p, q):
 
 
 def describe(samples, judged, seed=0):
-    """{name: number} of samples (N, T) beside the real text of a Judged."""
+    """{name: number} of samples (N, T), compared with the real text of a Judged."""
     features, loss = judged.of(samples)
     numbers = {'classifier': classifier_accuracy(features, judged.features, seed),
                'mauve': mauve(features, judged.features, seed), 'judge_perplexity': math.exp(loss)}

@@ -78,7 +78,7 @@ class Tokenizer:
         return len(text)
 
     def content(self):
-        """The plain values, beside the name, that this tokenizer is rebuilt from."""
+        """The plain values, without the name, that this tokenizer is rebuilt from."""
         return {}
 
     @property

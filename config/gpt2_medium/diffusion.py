@@ -1,6 +1,6 @@
 # GPT-2 Medium on WikiText-103 with diffusion alone: what differs from the baseline
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium/diffusion.py
-# Not run here. Published validation loss: perplexity 31.7 beside a baseline of 23.6,
+# Not run here. Published validation loss: perplexity 31.7 against a baseline of 23.6,
 # perhaps with ten times the noise of here (LOG.md)
 # (BluebrainAI, Parallel Transformer Models, 2025, read off its plots).
 from config.gpt2_medium.gpt2 import *  # noqa: F403

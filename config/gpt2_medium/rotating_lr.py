@@ -1,6 +1,6 @@
 # GPT-2 Medium on WikiText-103 with learned rotation rates: what differs from the baseline
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_medium/rotating_lr.py
-# Not run here. Published validation loss: perplexity 24.6 beside a baseline of 23.7
+# Not run here. Published validation loss: perplexity 24.6 against a baseline of 23.7
 # (BluebrainAI, Parallel Transformer Models, 2025, read off its plots).
 from config.gpt2_medium.gpt2 import *  # noqa: F403
 
