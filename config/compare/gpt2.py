@@ -2,7 +2,7 @@
 # source, half an epoch, so that noise cannot win as a regulariser
 #   python prepare.py python --tokenizer=bpe:1024
 #   python train.py config/compare/gpt2.py
-# Validation loss: see the table in README.md. For gpt2 half and twice the rate are worse (LOG.md).
+# Validation loss: see the table in docs/types.md. For gpt2 half and twice the rate are worse (LOG.md).
 out_dir = 'out-compare-gpt2'
 dataset = 'python_bpe1024'
 n_layer = 4
