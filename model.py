@@ -307,8 +307,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
-        c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     @property
     def device(self):
@@ -541,7 +540,7 @@ class DuoGPT(GPT):
     def flops_per_token(self):
         """A mask for every token, and keys and values from embeddings."""
         ahead = 0 if self.config.published else 12 * self.config.n_layer * self.config.n_embd ** 2
-        return super().flops_per_token() + (super().flops_per_token() + ahead if self.config.duo_fill_weight else 0)
+        return (1 + self.config.mask_tokens) * super().flops_per_token() + self.config.mask_tokens * ahead
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -640,6 +639,10 @@ class DiffusionGPT(EncodedGPT):
             raise UserError(f'{idx.size(1)} tokens do not fit block_size={self.config.block_size} of the model')
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         return refine(self.trunk, self.head, idx, self.config.vocab_size, refine_config, rng)
+
+
+# any GPT has these: of another type they say that it cannot be refined, and what to do
+GPT.generate_diffusion, GPT.refine = DiffusionGPT.generate_diffusion, DiffusionGPT.refine
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Recording:
             recording = recording or cls([], [i != mask for i in ids], [])
             ever |= set(step.revised[0].nonzero().flatten().tolist())
             recording.frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever)
-                                for n, (i, c) in enumerate(zip(ids, confidence))])
+                                     for n, (i, c) in enumerate(zip(ids, confidence))])
             recording.passes.append(int(step.passes[0]))
         return recording
 

@@ -47,7 +47,8 @@ def test_the_figure_is_drawn_and_the_last_line_is_json(tmp_path, capsys):
 
 @pytest.mark.parametrize('arg, word', [('--data=moon', 'checkerboard'), ('--seeds=1,x', 'seeds'), ('--steps=1', 'steps'),
                                        ('--figure=nowhere/x.png', 'nowhere'), ('--figure=x.xyz', 'png'),
-                                       ('--seeds=²', 'seeds'), ('--seeds=99999999999', 'seeds'),
+                                       ('--seeds=²', 'seeds'), ('--seeds=99999999999', 'seeds'), ('--seeds=-1', 'seeds'),
+                                       ('--batch_size=1', 'batch_size'), ('--ema=1', 'ema'),
                                        ('--learning_rate=nan', 'learning_rate')])
 def test_mistakes_are_one_line(arg, word):
     with pytest.raises(UserError, match=word):

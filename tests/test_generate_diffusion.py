@@ -13,7 +13,7 @@ from rich.console import Console
 import generate_diffusion
 import train
 from generate_diffusion import GenerateConfig, first_canvas, parse_template, refine_batch
-from model import GPTConfig
+from model import GPTConfig, load_model
 from nanodrift import checkpoint, player
 from nanodrift.options import UserError
 from nanodrift.refinement import RefineConfig, Step
@@ -27,6 +27,11 @@ def out_dir(tmp_path_factory, data_dir):
                        'model_type': 'diffusion', 'out_dir': str(tmp_path_factory.mktemp('out'))}
     assert train.main([f'--{key}={value}' for key, value in settings.items()]) == 0
     return settings['out_dir']
+
+
+def recording_in(path):
+    """The data of a page that --html wrote."""
+    return json.loads(re.search(r'const recording = (\{.*\});', path.read_text(encoding='utf-8'))[1])
 
 
 @pytest.fixture
@@ -61,8 +66,9 @@ def test_a_refinement_is_played_and_written(go, tmp_path):
     said = go('--start=The', '--animate', f'--html={tmp_path}/page.html', '--remask=flag', '--flag_threshold=0.05')
     marks = re.findall(r'step +\d+, +\d+ passes  (\S+)', said.out)
     assert len(marks) > 2 and marks[0] == '===' + '·' * 20 and '·' not in marks[-1] and '#' in marks[-1]
-    film = json.loads(re.search(r'const film = (\{.*\});', (tmp_path / 'page.html').read_text(encoding='utf-8'))[1])
-    assert len(film['frames']) == len(marks) and said.out.endswith(''.join(t for t, _, _ in film['frames'][-1]) + '\n')
+    recording = recording_in(tmp_path / 'page.html')
+    assert len(recording['frames']) == len(marks)
+    assert said.out.endswith(''.join(text for text, _, _ in recording['frames'][-1]) + '\n')
 
 
 def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
@@ -96,7 +102,7 @@ def test_repair_rewrites_only_what_is_flagged(go, tmp_path, monkeypatch):
     (tmp_path / 'text.txt').write_bytes(raw)
     wrong = torch.zeros(len(raw), dtype=torch.bool)
     wrong[[30, 31, 90]] = True
-    monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: wrong)
+    monkeypatch.setattr(generate_diffusion, 'flagged_tokens', lambda model, ids, threshold: wrong)
     said = go(f'--repair={tmp_path}/text.txt', '--temperature=2.0', '--top_k=0', '--seed=2', f'--to={tmp_path}/new.txt')
     old = re.sub(r'\[-(.*?)-\]\{\+.*?\+\}', r'\1', said.out, flags=re.DOTALL)
     assert old == text + '\n' and 1 <= said.out.count('[-') <= 3
@@ -108,7 +114,7 @@ def test_repair_rewrites_only_what_is_flagged(go, tmp_path, monkeypatch):
 def test_an_untouched_text_is_printed_as_it_is(go, tmp_path, monkeypatch):
     text = 'Größe\tzwei\r\n\x0c\x1b[0m日本\n'
     (tmp_path / 'text.txt').write_bytes(text.encode())
-    monkeypatch.setattr(generate_diffusion, 'doubted', lambda model, ids, threshold: torch.zeros(len(ids), dtype=torch.bool))
+    monkeypatch.setattr(generate_diffusion, 'flagged_tokens', lambda model, ids, threshold: torch.zeros(len(ids)).bool())
     assert go(f'--repair={tmp_path}/text.txt').out == text
 
 
@@ -120,16 +126,16 @@ def test_the_diff_leaves_characters_whole():
 
 
 def test_the_diff_is_coloured_where_there_are_colours():
-    before, after, doubted = list(b'abcd'), list(b'abxd'), [False, True, True, False]
-    coloured = player.diff(ByteTokenizer(), before, after, doubted, colours=True)
+    before, after, flagged = list(b'abcd'), list(b'abxd'), [False, True, True, False]
+    coloured = player.diff(ByteTokenizer(), before, after, flagged, colours=True)
     assert coloured == f'a{player.SAME}b{player.PLAIN}{player.OLD}c{player.PLAIN}{player.NEW}x{player.PLAIN}d'
-    assert player.diff(ByteTokenizer(), before, after, doubted, colours=False) == 'ab[-c-]{+x+}d'
+    assert player.diff(ByteTokenizer(), before, after, flagged, colours=False) == 'ab[-c-]{+x+}d'
 
 
 def test_text_ends_at_end_of_text(go, monkeypatch):
     ends = [*b'abXY', 256, *b'Z']
 
-    def steps(model, canvas, count, how, seed):
+    def steps(model, canvas, count, refine_config, seed):
         nothing = torch.zeros(1, 6)
         for ids in ([257] * 6, ends):
             yield Step(torch.tensor([ids]), nothing, nothing.bool(), torch.zeros(1, dtype=torch.long))
@@ -143,14 +149,14 @@ def test_as_much_is_filled_in_as_fits(out_dir, capsys):
     assert ', 45 tokens in' in capsys.readouterr().err
 
 
-def test_what_is_doubted_is_what_the_model_answers_with_the_mask(out_dir):
+def test_tokens_are_flagged_where_the_model_predicts_the_mask(out_dir):
     model = load_model(checkpoint.load(checkpoint.find(out_dir)))
     ids = torch.randint(200, (100,))
-    p = torch.cat([model(part[None])[0][0].softmax(-1)[:, -1] for part in ids.split(48)]).detach()
+    p = torch.cat([model(block[None])[0][0].softmax(-1)[:, -1] for block in ids.split(48)]).detach()
     threshold = float(p.median())
-    found = generate_diffusion.doubted(model, ids, threshold)
-    assert torch.equal(found, p.double() > threshold) or (found != (p > threshold)).sum() <= 1
-    assert 30 < found.sum() < 70
+    flagged = generate_diffusion.flagged_tokens(model, ids, threshold)
+    assert torch.equal(flagged, p.double() > threshold) or (flagged != (p > threshold)).sum() <= 1
+    assert 30 < flagged.sum() < 70
 
 
 @pytest.mark.parametrize('args, words', [
@@ -193,7 +199,7 @@ def test_a_canvas_without_gaps_stays_as_it_is(out_dir):
     assert steps[-1].ids.tolist() == [list(range(10))]
 
 
-def test_a_canvas_is_prompt_and_open_places():
+def test_a_canvas_is_prompt_and_open_positions():
     config = GenerateConfig(start='ab', max_new_tokens=3)
     canvas = first_canvas(config, ByteTokenizer(), GPTConfig(vocab_size=257, block_size=9))
     assert canvas.tolist() == [97, 98, 257, 257, 257]
@@ -202,7 +208,7 @@ def test_a_canvas_is_prompt_and_open_places():
 # ---------------------------------------------------------------------------------------------------------------------
 # to be watched
 
-def film():
+def recording():
     """Two tokens given, three filled in over three steps; the last of them is taken back once."""
     mask, tokenizer = 257, ByteTokenizer()
     rows = [[97, 98, mask, mask, mask], [97, 98, mask, 99, 60], [97, 98, 10, 99, mask], [97, 98, 10, 99, 101]]
@@ -216,22 +222,22 @@ def film():
     return player.Recording.of(steps, tokenizer, mask)
 
 
-def test_a_film_knows_what_was_open_given_and_taken_back():
-    found = film()
-    assert found.fixed == [True, True, False, False, False] and found.passes == [0, 1, 2, 3]
-    assert [[text for text, _, _ in frame] for frame in found.frames] == [
+def test_a_recording_knows_what_was_open_given_and_taken_back():
+    recorded = recording()
+    assert recorded.fixed == [True, True, False, False, False] and recorded.passes == [0, 1, 2, 3]
+    assert [[text for text, _, _ in frame] for frame in recorded.frames] == [
         ['a', 'b', None, None, None], ['a', 'b', None, 'c', '<'], ['a', 'b', '\n', 'c', None], ['a', 'b', '\n', 'c', 'e']]
-    assert [frame[4][2] for frame in found.frames] == [False, False, True, True]
+    assert [frame[4][2] for frame in recorded.frames] == [False, False, True, True]
 
 
 def test_the_frame_stands_still_in_a_terminal(monkeypatch):
     monkeypatch.setattr(player.time, 'sleep', lambda seconds: None)
-    widths, found = player.cells(film()), film()
-    pictures = [player.picture(found, n, widths, columns=3, height=25) for n in range(4)]
+    widths, recorded = player.cells(recording()), recording()
+    pictures = [player.picture(recorded, n, widths, columns=3, height=25) for n in range(4)]
     bodies = [p.plain.split('\n', 1)[1] for p in pictures]
     assert bodies == ['ab·\n··', 'ab·\nc<', 'ab⏎\nc·', 'ab⏎\nce']
     out = io.StringIO()
-    player.play(found, Console(file=out, force_terminal=True, width=40, color_system='truecolor'))
+    player.play(recorded, Console(file=out, force_terminal=True, width=40, color_system='truecolor'))
     said = out.getvalue()
     assert 'step 3, 3 forward passes' in said and '\x1b[' in said
     styles = {str(span.style) for span in pictures[3].spans}
@@ -255,16 +261,15 @@ def test_wide_and_unprintable_characters_have_cells_too():
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys):
-    player.play(film(), Console(file=io.StringIO()))
+    player.play(recording(), Console(file=io.StringIO()))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == ['==···', '==·##', '==##·', '==##~']
     assert '\x1b' not in ''.join(lines)
 
 
-def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
-    player.write_page(film(), str(tmp_path / 'page.html'))
-    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
-    data = json.loads(re.search(r'const film = (\{.*\});', page)[1])
+def test_the_page_holds_the_recording_and_loads_nothing(tmp_path):
+    player.write_page(recording(), str(tmp_path / 'page.html'))
+    page, data = (tmp_path / 'page.html').read_text(encoding='utf-8'), recording_in(tmp_path / 'page.html')
     assert data['passes'] == [0, 1, 2, 3] and data['frames'][1][4][0] == '<' and '"<"' not in page
     assert not re.search(r'src=|href=|url\(|@import|https?://', page)
 
@@ -272,7 +277,7 @@ def test_the_page_holds_the_film_and_loads_nothing(tmp_path):
 @pytest.mark.skipif(not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), reason='needs Chromium')
 def test_the_page_plays_in_a_real_browser(tmp_path):
     """By hand elsewhere: open the page that --html wrote, in any browser."""
-    player.write_page(film(), str(tmp_path / 'page.html'))
+    player.write_page(recording(), str(tmp_path / 'page.html'))
     page = tmp_path / 'page.html'
     browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
     words = ['--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=9000', '--dump-dom']

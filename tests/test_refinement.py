@@ -8,12 +8,12 @@ import torch
 
 from model import GPT, GPTConfig
 from nanodrift.options import UserError
-from nanodrift.refinement import ORDERS, REMASKS, Canvas, RefineConfig, refine
-from nanodrift.sampling import keep_likely
+from nanodrift.refinement import ORDERS, REMASKS, Canvas, RefineConfig, check_defined, refine
+from nanodrift.sampling import gumbel_draw, keep_likely
 
-ORDERS = [s for s in ORDERS if s != 'naive']
-PAIRS = [(s, 'none') for s in ORDERS] + [(s, 'flag') for s in ORDERS] + \
-    [('ancestral', r) for r in REMASKS if r.startswith('remdm')]
+STRATEGIES = [s for s in ORDERS if s != 'naive']
+REMDM = [r for r in REMASKS if r.startswith('remdm')]
+PAIRS = [(s, 'none') for s in STRATEGIES] + [(s, 'flag') for s in STRATEGIES] + [('ancestral', r) for r in REMDM]
 
 
 @pytest.fixture(scope='module')
@@ -27,8 +27,7 @@ def model():
 
 def run(model, ids, config, seed=0, use_cache=True):
     rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return list(refine(model.trunk, model.head, ids, model.config.vocab_size, config, rng, use_cache))
+    return list(refine(model.trunk, model.head, ids, model.config.vocab_size, config, rng, use_cache))
 
 
 def open_canvas(rows=3, length=12, mask=7):
@@ -41,6 +40,14 @@ def config_of(strategy, remask='none', **options):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what holds for every strategy
+
+def test_the_strategies_and_what_is_opened_again_are_those_documented():
+    assert list(ORDERS) == ['naive', 'ancestral', 'confidence', 'entropy', 'margin', 'random', 'threshold']
+    assert list(REMASKS) == ['none', 'flag', 'remdm-cap', 'remdm-rescale', 'remdm-conf', 'remdm-loop']
+    assert [name for name, remask in REMASKS.items() if remask.remdm] == REMDM
+    assert {r: REMASKS[r].eta for r in REMDM} == {'remdm-cap': 0.04, 'remdm-rescale': 0.015, 'remdm-conf': 1.0,
+                                                  'remdm-loop': 0.02}  # as published
+
 
 @pytest.mark.parametrize('strategy, remask', PAIRS)
 @pytest.mark.parametrize('block_length', [0, 3])
@@ -74,30 +81,30 @@ def test_one_block_is_no_blocks(model, strategy, remask):
     assert [s.ids.tolist() for s in whole] == [s.ids.tolist() for s in one], config
 
 
-@pytest.mark.parametrize('strategy', [s for s in ORDERS if s != 'ancestral'])
+@pytest.mark.parametrize('strategy', [s for s in STRATEGIES if s != 'ancestral'])
 def test_blocks_of_one_greedily_go_from_left_to_right(model, strategy):
     ids = open_canvas(rows=1)
     ids[0, 4] = 2
-    found = run(model, ids, config_of(strategy, block_length=1, max_steps=1, temperature=0))
-    for place in (ids[0] == 7).nonzero().flatten().tolist():
+    steps = run(model, ids, config_of(strategy, block_length=1, max_steps=1, temperature=0))
+    for position in (ids[0] == 7).nonzero().flatten().tolist():
         with torch.no_grad():
-            ids[0, place] = model(ids)[0][0, place, :7].argmax()
-    assert found[-1].ids.tolist() == ids.tolist() and len(found) == 11
+            ids[0, position] = model(ids)[0][0, position, :7].argmax()
+    assert steps[-1].ids.tolist() == ids.tolist() and len(steps) == 11
 
 
 @pytest.mark.parametrize('strategy', ['confidence', 'entropy', 'margin', 'random'])
-@pytest.mark.parametrize('steps', [1, 4, 5, 7, 12, 30])
-def test_a_quota_order_commits_exactly_the_canvas(model, strategy, steps):
-    found = run(model, open_canvas(), config_of(strategy, max_steps=steps))
-    open_after = [12] + [int((s.ids[0] == 7).sum()) for s in found]
+@pytest.mark.parametrize('count', [1, 4, 5, 7, 12, 30])
+def test_an_order_of_equal_shares_commits_exactly_the_canvas(model, strategy, count):
+    steps = run(model, open_canvas(), config_of(strategy, max_steps=count))
+    open_after = [12] + [int((s.ids[0] == 7).sum()) for s in steps]
     committed = [a - b for a, b in zip(open_after, open_after[1:])]
-    assert committed == [12 // steps + (i < 12 % steps) for i in range(min(steps, 12))]
-    assert int(found[-1].passes[0]) == len(found)
+    assert committed == [12 // count + (i < 12 % count) for i in range(min(count, 12))]
+    assert int(steps[-1].passes[0]) == len(steps)
 
 
 def test_steps_are_shared_by_the_blocks(model):
-    found = run(model, open_canvas(), config_of('confidence', block_length=4, max_steps=7))
-    left = [[int((s.ids[0, i:i + 4] == 7).sum()) for i in (0, 4, 8)] for s in found]
+    steps = run(model, open_canvas(), config_of('confidence', block_length=4, max_steps=7))
+    left = [[int((s.ids[0, i:i + 4] == 7).sum()) for i in (0, 4, 8)] for s in steps]
     assert left == [[2, 4, 4], [1, 4, 4], [0, 4, 4], [0, 2, 4], [0, 0, 4], [0, 0, 2], [0, 0, 0]]
     assert len(run(model, open_canvas(), config_of('confidence', block_length=2, max_steps=2))) == 6  # one each at least
 
@@ -116,22 +123,23 @@ def test_remdm_without_sigma_is_ancestral(model, remask):
     assert remdm[-1].ids.tolist() == plain[-1].ids.tolist()
 
 
-@pytest.mark.parametrize('remask', [r for r in REMASKS if r.startswith('remdm')])
+@pytest.mark.parametrize('remask', REMDM)
 def test_remdm_opens_tokens_again(model, remask):
-    found = run(model, open_canvas(30), config_of('ancestral', remask, max_steps=40, eta=max(ETA[remask], 0.3)))
-    assert sum(int(s.revised.sum()) for s in found) > 10
-    assert not found[-1].revised.any()
+    steps = run(model, open_canvas(30), config_of('ancestral', remask, max_steps=40, eta=max(REMASKS[remask].eta, 0.3)))
+    assert sum(int(s.revised.sum()) for s in steps) > 10
+    assert not steps[-1].revised.any()
 
 
 def test_remdm_loop_without_eta_stands_still_between_its_phases(model):
-    found = run(model, open_canvas(200), config_of('ancestral', 'remdm-loop', max_steps=20, eta=0))
-    filled = [float((s.ids != 7).double().mean()) for s in found]
-    assert len(found) == 20 and len(set(filled[8:19])) == 1 and filled[-1] == 1
+    steps = run(model, open_canvas(200), config_of('ancestral', 'remdm-loop', max_steps=20, eta=0))
+    filled = [float((s.ids != 7).double().mean()) for s in steps]
+    assert len(steps) == 20 and len(set(filled[8:19])) == 1 and filled[-1] == 1
     assert filled[:9] == pytest.approx([0.1 * n for n in range(1, 10)], abs=0.03)  # t = 0.95, 0.9, ... 0.55: MDLM, faster
 
 
 def test_opening_by_remdm_is_as_frequent_as_sigma_says():
-    """A model of one answer, so that only the masking is random: the share that is open at time s is s, whatever sigma."""
+    """A model that predicts one token, so that only the masking is random: the share that is open at time s is s, whatever
+    sigma."""
     def trunk(ids):
         return torch.zeros(*ids.shape, 3, dtype=torch.float64)
     for remask, eta in (('remdm-cap', 0.2), ('remdm-rescale', 0.5)):  # remdm-conf, as published, leaves more of it open
@@ -141,12 +149,21 @@ def test_opening_by_remdm_is_as_frequent_as_sigma_says():
             assert float((step.ids == 2).double().mean()) == pytest.approx(1 - (number + 1) / 10, abs=0.015)
 
 
+def remdm(remask, t, s, confidence, committed, eta):
+    """alpha_t, alpha_s and sigma (B, T) of ReMDM from time t to s, for tokens committed with these confidences (B, T)."""
+    rule, canvas = REMASKS[remask], Canvas(None, None, torch.zeros_like(committed, dtype=torch.long), 7)
+    canvas.confidence = confidence
+    alpha_t, alpha_s = rule.alphas(t), rule.alphas(s)
+    config = config_of('ancestral', remask, eta=eta)
+    return alpha_t, alpha_s, rule.probability(canvas, committed, config, t, s, alpha_t, alpha_s, eta)
+
+
 def test_sigma_is_that_of_the_published_formulas():
     confidence = torch.tensor([[0.2, 0.9, 0.5, 0.0]], dtype=torch.float64)
     committed = torch.tensor([[True, True, True, False]])
 
     def of(remask, eta, t, s):
-        return remdm(t, s, confidence, committed, config_of('ancestral', remask, eta=eta))
+        return remdm(remask, t, s, confidence, committed, eta)
     assert of('remdm-cap', 0.3, 0.6, 0.5)[2][0].tolist() == [0.3] * 4
     assert of('remdm-cap', 0.3, 0.1, 0.0)[2].max() == 0
     assert of('remdm-rescale', 0.3, 0.2, 0.1)[2][0].tolist() == pytest.approx([0.3 * 0.1 / 0.8] * 4)
@@ -157,9 +174,17 @@ def test_sigma_is_that_of_the_published_formulas():
     assert of('remdm-conf', 0.5, 0.2, 0.1)[2][0].tolist() == pytest.approx([e / 2 for e in expected])
     for t, s, alpha_t, alpha_s, sigma in ((0.775, 0.6625, 0.45, 0.675, 0), (0.5, 0.4, 0.9, 0.9, 0.1 / 0.9),
                                           (0.05, 0.0, 0.9, 1.0, 0)):
-        found = of('remdm-loop', 0.3, t, s)
-        assert found[:2] == pytest.approx((alpha_t, alpha_s)) and found[2].max().item() == pytest.approx(sigma)
+        *alphas, reopened = of('remdm-loop', 0.3, t, s)
+        assert alphas == pytest.approx([alpha_t, alpha_s]) and reopened.max().item() == pytest.approx(sigma)
     assert of('remdm-loop', 0.02, 0.5, 0.4)[2].max().item() == pytest.approx(0.02)
+    assert of('remdm-cap', 0.3, 0.6, 0.5)[:2] == pytest.approx((0.4, 0.5))
+
+
+@pytest.mark.parametrize('remask', REMDM)
+def test_a_negative_eta_is_what_was_published(model, remask):
+    published, given = (run(model, open_canvas(20), config_of('ancestral', remask, max_steps=20, eta=eta))
+                        for eta in (-1, REMASKS[remask].eta))
+    assert [s.ids.tolist() for s in published] == [s.ids.tolist() for s in given]
 
 
 @pytest.mark.parametrize('remask, eta', [('remdm-cap', 0.2), ('remdm-rescale', 0.5), ('remdm-loop', 0.1)])
@@ -170,7 +195,7 @@ def test_committed_tokens_are_opened_as_often_as_sigma_says_and_forget_their_con
     steps = list(refine(trunk, lambda x: x, open_canvas(400, 50, mask=2), 2, config, torch.Generator().manual_seed(0)))
     for number, (before, after) in enumerate(zip(steps, steps[1:]), start=1):
         committed = before.ids != 2
-        wanted = remdm(1 - number / 10, 1 - (number + 1) / 10, before.confidence, committed, config)[2].max().item()
+        wanted = remdm(remask, 1 - number / 10, 1 - (number + 1) / 10, before.confidence, committed, eta)[2].max().item()
         share = float(after.revised.sum() / committed.sum())
         assert share == pytest.approx(wanted, abs=0.02)
         assert (after.confidence[after.revised] == 0).all() and (after.confidence[after.ids != 2] == 0.5).all()
@@ -180,7 +205,7 @@ def test_committed_tokens_are_opened_as_often_as_sigma_says_and_forget_their_con
 # flags
 
 def flagging(wrong, sure=30.0):
-    """A model that answers the token `wrong` with [MASK] (= 4) and else fills in position mod 3, with 3 at odds."""
+    """A model that predicts [MASK] (= 4) for the token `wrong` and else fills in position mod 3, with 3 at odds."""
     def trunk(ids):
         logits = torch.zeros(*ids.shape, 5, dtype=torch.float64)
         logits.scatter_(2, torch.where(ids == 4, torch.arange(ids.size(1)) % 3, ids)[..., None], 2.0)
@@ -219,7 +244,7 @@ def test_a_token_is_flagged_above_the_threshold_whatever_the_temperature():
             assert any(s.revised.any() for s in steps) == opened
 
 
-@pytest.mark.parametrize('strategy', [s for s in ORDERS if s != 'threshold'])
+@pytest.mark.parametrize('strategy', [s for s in STRATEGIES if s != 'threshold'])
 def test_no_more_steps_are_taken_than_allowed_even_where_all_is_flagged(strategy):
     def trunk(ids):
         return torch.where(torch.arange(5) == 4, 5.0, 0.0).expand(*ids.shape, 5).double()
@@ -239,8 +264,8 @@ def test_flags_stop_when_nothing_changes_any_more():
 def test_a_given_token_is_never_opened():
     ids = open_canvas(2, 6, mask=4)
     ids[:, 2] = 3
-    found = list(refine(flagging(3), lambda x: x, ids, 4, config_of('confidence', 'flag', max_steps=20, temperature=0)))
-    assert all((s.ids[:, 2] == 3).all() for s in found)
+    steps = list(refine(flagging(3), lambda x: x, ids, 4, config_of('confidence', 'flag', max_steps=20, temperature=0)))
+    assert all((s.ids[:, 2] == 3).all() for s in steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,41 +304,40 @@ def markov():
     return Oracle(torch.einsum('a,ab,bc->abc', start, follow, follow))
 
 
-def far(found, wanted):
-    """Total variation distance."""
-    return float((found - wanted).abs().sum() / 2)
+def total_variation(frequencies, joint):
+    return float((frequencies - joint).abs().sum() / 2)
 
 
 ONE_A_STEP = [config_of(s, max_steps=3) for s in ('random', 'entropy', 'margin')] + \
-    [config_of(s, max_steps=3, block_length=1) for s in ORDERS]
+    [config_of(s, max_steps=3, block_length=1) for s in STRATEGIES]
 
 
 @pytest.mark.parametrize('config', ONE_A_STEP, ids=lambda c: f'{c.strategy}-{c.block_length}')
 def test_one_commit_a_step_reproduces_the_joint(markov, config):
-    assert far(markov.sample(config), markov.joint) < 0.035  # noise alone: about 0.02
+    assert total_variation(markov.sample(config), markov.joint) < 0.035  # noise alone: about 0.02
 
 
 def test_ancestral_converges_to_the_joint_and_does_not_in_one_step(markov):
-    assert far(markov.sample(config_of('ancestral', max_steps=64)), markov.joint) < 0.05
+    assert total_variation(markov.sample(config_of('ancestral', max_steps=64)), markov.joint) < 0.05
     at_once = markov.sample(config_of('ancestral', max_steps=1))
-    assert far(at_once, markov.joint) > 0.3
+    assert total_variation(at_once, markov.joint) > 0.3
     marginals = torch.einsum('abc->a', markov.joint), torch.einsum('abc->b', markov.joint), markov.joint.sum((0, 1))
-    assert far(at_once, torch.einsum('a,b,c->abc', *marginals)) < 0.035
+    assert total_variation(at_once, torch.einsum('a,b,c->abc', *marginals)) < 0.035
 
 
-@pytest.mark.parametrize('remask', [r for r in REMASKS if r.startswith('remdm')])
+@pytest.mark.parametrize('remask', REMDM)
 def test_remdm_converges_to_the_joint(markov, remask):
-    assert far(markov.sample(config_of('ancestral', remask, max_steps=64)), markov.joint) < 0.06
+    assert total_variation(markov.sample(config_of('ancestral', remask, max_steps=64)), markov.joint) < 0.06
 
 
 @pytest.mark.parametrize('strategy', ['confidence', 'threshold'])
 def test_ranking_by_the_drawn_token_is_biased(strategy):
     """Two independent bits: a draw of the unlikely value is put off, and drawn again."""
     bits = Oracle(torch.outer(torch.tensor([0.1, 0.9]), torch.tensor([0.4, 0.6])))
-    found = bits.sample(config_of(strategy, max_steps=2, **({'threshold': 1.01} if strategy == 'threshold' else {})))
-    assert float(found[1].sum()) == pytest.approx(0.990, abs=0.006)
-    assert float(found[:, 1].sum()) == pytest.approx(0.6, abs=0.03)
-    assert far(bits.sample(config_of('entropy', max_steps=2)), bits.joint) < 0.03
+    sampled = bits.sample(config_of(strategy, max_steps=2, **({'threshold': 1.01} if strategy == 'threshold' else {})))
+    assert float(sampled[1].sum()) == pytest.approx(0.990, abs=0.006)
+    assert float(sampled[:, 1].sum()) == pytest.approx(0.6, abs=0.03)
+    assert total_variation(bits.sample(config_of('entropy', max_steps=2)), bits.joint) < 0.03
 
 
 def known(*rows):
@@ -323,13 +347,13 @@ def known(*rows):
 
 
 @pytest.mark.parametrize('strategy, order', [('confidence', [1, 2, 0]), ('entropy', [1, 0, 2]), ('margin', [1, 2, 0])])
-def test_the_surest_is_committed_first(strategy, order):
+def test_the_most_confident_is_committed_first(strategy, order):
     """Position 2 leads by more than position 0, but its rest is spread wider."""
     trunk = known([0.5, 0.5, 0.0, 0.0], [0.97, 0.01, 0.01, 0.01], [0.55, 0.15, 0.15, 0.15])
     config = config_of(strategy, max_steps=3, temperature=0)
     steps = list(refine(trunk, lambda x: x, open_canvas(1, 3, mask=4), 4, config))
     opened = [set((s.ids[0] != 4).nonzero().flatten().tolist()) for s in steps]
-    assert [opened[0], opened[1] - opened[0], opened[2] - opened[1]] == [{place} for place in order]
+    assert [opened[0], opened[1] - opened[0], opened[2] - opened[1]] == [{position} for position in order]
 
 
 def test_the_threshold_decides():
@@ -343,7 +367,7 @@ def test_the_threshold_decides():
 @pytest.mark.parametrize('strategy', ['confidence', 'entropy', 'threshold'])
 @pytest.mark.parametrize('block_length', [0, 2])
 def test_rows_that_differ_are_refined_as_each_alone(model, strategy, block_length):
-    """As many open positions in each, in different places."""
+    """As many are open in each, at different positions."""
     ids = open_canvas(3)
     ids[0, :6] = torch.tensor([1, 2, 3, 4, 5, 6])
     ids[1, 6:] = 0
@@ -361,24 +385,32 @@ def test_rows_that_differ_are_refined_as_each_alone(model, strategy, block_lengt
 def test_draws_have_the_probabilities_of_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], dtype=torch.float64).repeat(40000, 1)
     for temperature in (1.0, 0.5):
-        ids = draw(logits, config_of('random', temperature=temperature), torch.Generator().manual_seed(0))
-        found = ids.bincount(minlength=4) / len(ids)
-        assert torch.allclose(found.double(), (logits[0] / temperature).softmax(-1), atol=0.01)
-    assert draw(logits, config_of('random', temperature=0)).unique().tolist() == [2]
-    assert draw(logits, config_of('random', top_k=2)).unique().tolist() == [1, 2]
-    assert draw(logits, config_of('random', top_p=0.5)).unique().tolist() == [2]
+        ids = gumbel_draw(logits, temperature, rng=torch.Generator().manual_seed(0))
+        frequencies = ids.bincount(minlength=4) / len(ids)
+        assert torch.allclose(frequencies.double(), (logits[0] / temperature).softmax(-1), atol=0.01)
+    assert gumbel_draw(logits, 0).unique().tolist() == [2]
+    assert gumbel_draw(logits, 1.0, top_k=2).unique().tolist() == [1, 2]
+    assert gumbel_draw(logits, 1.0, top_p=0.5).unique().tolist() == [2]
+
+
+@pytest.mark.parametrize('options, likely', [({}, 7), (dict(top_k=2), 2), (dict(top_p=0.3), 1), (dict(temperature=0), 1)])
+def test_a_canvas_draws_as_its_config_says(options, likely):
+    """Probabilities 2^-1, 2^-2, ... of the tokens 0, 1, ... at every position."""
+    trunk, config = known([2.0 ** -n for n in (1, 2, 3, 4, 5, 6, 6)]), config_of('random', **options | {'max_steps': 1})
+    (step,) = refine(trunk, lambda x: x, open_canvas(4000, 1), 7, config, torch.Generator().manual_seed(0))
+    assert step.ids.unique().tolist() == list(range(likely))
 
 
 @pytest.mark.parametrize('u, logit, taken', [(1 - 2 ** -40, -27, 1), (1 - 2 ** -40, -29, 0), (1.0, -36, 1), (0.0, 0, 0)])
 def test_the_tail_is_not_cut(monkeypatch, u, logit, taken):
     """The noise of 1 - 2^-40 is 27.7; in float32 that is 1, and its noise at most 16.6. Neither 0 nor 1 is a NaN."""
     def rand(shape, generator=None, dtype=torch.float32, device=None):
-        found = torch.full(shape, math.exp(-1), dtype=torch.float64)  # whose noise is 0
-        found[:, 1] = u
-        return found.to(dtype)
+        numbers = torch.full(shape, math.exp(-1), dtype=torch.float64)  # whose noise is 0
+        numbers[:, 1] = u
+        return numbers.to(dtype)
     monkeypatch.setattr(torch, 'rand', rand)
     logits = torch.tensor([[0.0, logit]], dtype=torch.float64)
-    assert draw(logits, config_of('random')).tolist() == [taken]
+    assert gumbel_draw(logits, 1.0).tolist() == [taken]
 
 
 def test_bfloat16_stops_at_the_head(model):
@@ -386,11 +418,11 @@ def test_bfloat16_stops_at_the_head(model):
     ids = open_canvas(2)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         x = model.trunk(ids)
-        (found,) = Canvas(model.trunk, model.head, ids, 7).logits(ids == 7)
+        (logits,) = Canvas(model.trunk, model.head, ids, 7).logits(ids == 7)
         rounded = model.head(x).double().flatten(0, 1)
     expected = x.float().flatten(0, 1) @ model.lm_head.weight[:8].float().T
-    assert torch.allclose(found, expected.double(), rtol=1e-5, atol=1e-5) and found.dtype == torch.float64
-    assert not torch.allclose(found, rounded, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logits, expected.double(), rtol=1e-5, atol=1e-5) and logits.dtype == torch.float64
+    assert not torch.allclose(logits, rounded, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('strategy, remask', [('random', 'none'), ('ancestral', 'none'), ('confidence', 'none'),
@@ -398,7 +430,7 @@ def test_bfloat16_stops_at_the_head(model):
 def test_no_more_is_computed_than_is_used(model, strategy, remask):
     """The rows that go through the trunk are those that are counted; the head sees what may be committed, and with flags
     what was."""
-    rows, answers = 0, [0]
+    rows, predictions = 0, [0]
 
     def trunk(ids):
         nonlocal rows
@@ -406,22 +438,21 @@ def test_no_more_is_computed_than_is_used(model, strategy, remask):
         return model.trunk(ids)
 
     def head(x):
-        answers[-1] += len(x)
+        predictions[-1] += len(x)
         return model.head(x)
     ids, rng = open_canvas(4), torch.Generator().manual_seed(0)
     config = config_of(strategy, remask, max_steps=20, flag_threshold=0.2)
-    before, looked = ids, []
-    with torch.no_grad():
-        for step in refine(trunk, head, ids, 7, config, rng):
-            looked.append((before, step.ids))
-            before = step.ids
-            answers.append(0)
-    assert rows == int(step.passes.sum()) and (strategy != 'ancestral' or rows < 4 * len(looked))
-    for (was, now), seen in zip(looked, answers):
+    before, changes = ids, []
+    for step in refine(trunk, head, ids, 7, config, rng):
+        changes.append((before, step.ids))
+        before = step.ids
+        predictions.append(0)
+    assert rows == int(step.passes.sum()) and (strategy != 'ancestral' or rows < 4 * len(changes))
+    for (was, now), seen in zip(changes, predictions):
         if strategy == 'confidence':
             assert seen <= int((was == 7).sum()) + int((was != 7).sum()) * (remask == 'flag')
         else:
-            assert seen == int(((was == 7) & (now != 7)).sum())  # random places first, then answers for them alone
+            assert seen == int(((was == 7) & (now != 7)).sum())  # random positions first, then predictions for them alone
 
 
 def test_top_p_keeps_the_token_that_crosses_it():
@@ -445,8 +476,20 @@ def test_the_model_refines_reproducibly(model):
     canvas = open_canvas(2)
     assert model.generate_diffusion(canvas, 6, 1.0, 5, seed=3).tolist() == model.generate_diffusion(canvas, 6, 1.0, 5,
                                                                                                     seed=3).tolist()
-    found = model.generate_diffusion(canvas, max_steps=6, temperature=1.0, top_k=5, strategy='threshold', threshold=0.5)
-    assert found.max() < 7 and not found.is_inference()
+    ids = model.generate_diffusion(canvas, max_steps=6, temperature=1.0, top_k=5, strategy='threshold', threshold=0.5)
+    assert ids.max() < 7 and not ids.is_inference()
+
+
+def test_inference_mode_is_that_of_the_steps_alone(model):
+    """Between two steps the caller is as it was, with gradients if it had them."""
+    inside = []
+
+    def trunk(ids):
+        inside.append(torch.is_inference_mode_enabled())
+        return model.trunk(ids)
+    for _ in refine(trunk, model.head, open_canvas(1), 7, config_of('confidence')):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert inside == [True] * 5
 
 
 @pytest.mark.parametrize('options, words', [
@@ -468,4 +511,4 @@ def test_what_is_not_defined_for_a_model_is_refused():
         with pytest.raises(UserError, match='repair|random'):
             bound.generate_diffusion(open_canvas(1, 8), **options)
     with pytest.raises(UserError, match='sample.py'):
-        GPT(GPTConfig(**sizes)).generate_diffusion(open_canvas(1, 8))
+        check_defined(RefineConfig(), GPT(GPTConfig(**sizes)))

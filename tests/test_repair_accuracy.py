@@ -1,4 +1,5 @@
-"""repair_accuracy.py: what is counted, against loops over single tokens; a model that has learned to flag finds what is wrong."""
+"""repair_accuracy.py: what is counted, against loops over single tokens; a model that has learned to flag finds wrong
+tokens."""
 import json
 
 import pytest
@@ -6,7 +7,9 @@ import torch
 
 import train
 from experiments import repair_accuracy
+from model import load_model
 from nanodrift import checkpoint
+from nanodrift.objectives import random_order
 from nanodrift.options import UserError
 from nanodrift.refinement import RefineConfig
 
@@ -15,7 +18,7 @@ WAYS = ('flag', 'confidence, hidden', 'confidence, seen')
 
 @pytest.fixture(scope='module')
 def run_dir(data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('mending')
+    folder = tmp_path_factory.mktemp('repair')
     assert train.main(['--dataset=tiny_byte', f'--data_dir={data_dir}', f'--out_dir={folder}', '--model_type=diffusion',
                        '--max_iters=150', '--eval_interval=150', '--eval_iters=2', '--batch_size=32', '--n_layer=2',
                        '--n_head=2', '--n_embd=32', '--block_size=16', '--device=cpu', '--compile=False',
@@ -28,7 +31,7 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
     model = load_model(checkpoint.load(checkpoint.find(run_dir)))
     tokens = torch.randint(model.config.vocab_size, (6, 16), generator=torch.Generator().manual_seed(3))
     rng = torch.Generator().manual_seed(1)
-    before = repair_accuracy.SOURCES[source](model, tokens, ranks(tokens.shape, rng) < 8, rng)
+    before = repair_accuracy.SOURCES[source](model, tokens, random_order(tokens.shape, rng) < 8, rng)
     assert source == 'by the model' or (before != tokens).sum() == 6 * 8
     seen, refine = [], model.refine
 
@@ -37,37 +40,36 @@ def test_the_counts_are_those_of_a_loop(run_dir, source):
         seen.append((ids, step.ids))
         yield step
     model.refine = watched
-    how = RefineConfig(max_steps=4, flag_threshold=0.3)
-    found = repair_accuracy.mend(model, tokens, source, 0.5, how, torch.Generator().manual_seed(1))
-    for way, (opened, after) in zip(found, seen[-3:]):
+    refine_config = RefineConfig(max_steps=4, flag_threshold=0.3)
+    found = repair_accuracy.repair(model, tokens, source, 0.5, refine_config, torch.Generator().manual_seed(1))
+    assert tuple(found) == WAYS
+    for way, (reopened, after) in zip(found, seen[-3:]):
         counts = dict.fromkeys(found[way], 0)
         for b in range(6):
             for t in range(16):
-                hidden, wrong = opened[b, t] == model.config.vocab_size, before[b, t] != tokens[b, t]
+                hidden, wrong = reopened[b, t] == model.config.vocab_size, before[b, t] != tokens[b, t]
                 right_after = after[b, t] == tokens[b, t]
                 counts['tokens'] += 1
                 counts['wrong'] += int(wrong)
-                counts['found'] += int(hidden)
+                counts['reopened'] += int(hidden)
                 counts['hits'] += int(wrong and hidden)
-                counts['mended'] += int(wrong and right_after)
-                counts['spoiled'] += int(not wrong and not right_after)
+                counts['fixed'] += int(wrong and right_after)
+                counts['broken'] += int(not wrong and not right_after)
                 counts['wrong_after'] += int(not right_after)
         assert found[way] == counts
-    assert found['flag']['found'] == found['confidence, hidden']['found'] == found['confidence, seen']['found'] > 0
+    assert found['flag']['reopened'] > 0 and len({counts['reopened'] for counts in found.values()}) == 1
 
 
-def test_each_way_opens_what_it_should(run_dir):
-    """What is opened, from probabilities that are looked up one place at a time."""
+def test_each_way_opens_what_it_should(run_dir, monkeypatch):
+    """What is opened, from probabilities that are looked up one position at a time."""
     model = load_model(checkpoint.load(checkpoint.find(run_dir)))
     V = model.config.vocab_size
     ids = torch.randint(V, (1, 16), generator=torch.Generator().manual_seed(3))
     opened, refine = [], model.refine
     model.refine = lambda canvas, *args: opened.append(canvas == V) or refine(canvas, *args)
-    repair_accuracy.SOURCES['as it is'] = lambda model, tokens, where, rng: tokens
-    try:
-        repair_accuracy.mend(model, ids, 'as it is', 0.5, RefineConfig(flag_threshold=0.3), torch.Generator().manual_seed(1))
-    finally:
-        del repair_accuracy.SOURCES['as it is']
+    monkeypatch.setitem(repair_accuracy.SOURCES, 'as it is', lambda model, tokens, where, rng: tokens)
+    refine_config = RefineConfig(flag_threshold=0.3)
+    repair_accuracy.repair(model, ids, 'as it is', 0.5, refine_config, torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model(ids)[0][0].double()
         flag, seen, hidden = logits.softmax(-1)[:, V], logits[:, :V].softmax(-1), []
@@ -89,8 +91,9 @@ def test_a_trained_model_finds_more_than_chance(run_dir, capsys):
     found = json.loads(out.splitlines()[-1])
     assert list(found) == [f'{source}, {way}' for source in repair_accuracy.SOURCES for way in WAYS]
     row = found['by chance, flag']
+    assert set(row) == {'wrong', 'reopened', 'precision', 'recall', 'fixed', 'broken', 'wrong_after'}
     assert row['wrong'] == pytest.approx(3 / 16) and row['precision'] > 2 * row['wrong'] and row['recall'] > 0.2
-    assert row['wrong_after'] < row['wrong'] and 'spoiled' in out
+    assert row['wrong_after'] < row['wrong'] and 'of the right broken' in out
 
 
 def test_mistakes_are_one_line(run_dir, encoder):

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, TINY, run_script
 
 import sample
+from model import load_model
 from nanodrift import checkpoint
 from train import main
 
@@ -51,7 +52,7 @@ def test_generation_stops_at_end_of_text(out_dir):
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
-        model.transformer.wte.weight[tokenizer.eot] = 100  # the likeliest token, always
+        model.transformer.wte.weight[tokenizer.eot] = 100  # the most likely token, always
     config = sample.SampleConfig(max_new_tokens=10, top_k=0)
     assert list(sample.generate(model, tokenizer, [1, 2], 2, config, 0)) == [[None, None]]
     config.ignore_eot = True
