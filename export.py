@@ -11,7 +11,7 @@ encoder in a folder inside.
 """
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from safetensors import SafetensorError
 
@@ -43,8 +43,8 @@ def export(state, folder):
         raise UserError(f'{folder} exists: name a new folder with --to')
     config, encoder = from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments'), None
     if config.model_type == 'drifting':
-        encoder = load_model(state).encoder
-        state = state | {'model_args': asdict(config) | {'encoder': huggingface.INSIDE}}
+        encoder, config = load_model(state).encoder, replace(config, encoder=huggingface.INSIDE)
+    state = state | {'model_args': asdict(config)}
     temporary = folder + '.tmp'
     try:
         if os.path.exists(temporary):  # of an export that was killed

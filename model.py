@@ -409,7 +409,8 @@ class DiffusionTime(nn.Module):
 
 def plain_score_statistics(q, k):
     """Of the scores q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2. q, k (N, T, D)."""
-    scores = (q @ k.mT).float().masked_fill(torch.ones(q.size(1), k.size(1)).triu(1).bool(), -math.inf)
+    future = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT).float().masked_fill(future, -math.inf)
     return scores.amax(-1), scores.softmax(-1).square().sum(-1)
 
 

@@ -317,6 +317,7 @@ class Trainer:
             raise UserError(f"init_from={c.init_from!r} is not 'scratch', not 'resume', not the folder of a run, and not "
                             "'hf:NAME_OR_FOLDER' (hf:gpt2, say)")
         source = huggingface.open_run(c.init_from)
+        source['model_args'] = asdict(config_of(source))  # an export may leave defaults out
         if source['tokenizer']:
             check_tokenizer(f'cannot start from {c.init_from}', source, self.meta)
         kind = huggingface.PUBLISHED_TYPES.get(source.get('foreign'), model_config.model_type)

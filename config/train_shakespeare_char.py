@@ -2,8 +2,8 @@
 #   python prepare.py shakespeare --tokenizer=char
 #   python train.py config/train_shakespeare_char.py
 # Measured on machine A of LOG.md, 2 cores: 5,000 iterations in 134 s, validation loss 1.691 over the whole split; 6,800 in
-# 184 s, 1.662. nanoGPT's recipe for a CPU took 148 s in turns with it and reached 1.898. Rate, depth and batch were chosen on the
-# last tenth of the training text.
+# 184 s, 1.662. nanoGPT's recipe for a CPU took 148 s in turns with it and reached 1.898. Rate, depth and batch were chosen
+# on the last tenth of the training text.
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 n_layer = 2

@@ -3,7 +3,7 @@ The parts of a model that are written for speed: same numbers as the plain defin
 
 The fused head              loss and gradients of a large vocabulary, its logits never held whole; plain: `cross_entropy`
 Score statistics            what adaptive heat needs to know of the scores; plain: in the room of `heat` in model.py
-Rotation                    rotary positions as products of complex numbers; plain: in the room of `rotating` in model.py
+Rotation                    rotary positions as products of complex numbers; plain: `plain_rotate` in rotary.py
 KV cache                    keys and values of positions that a step of generation need not compute again
 Widened heads               coordinates by which a bias of the scores goes through the fused attention
 Recomputed blocks           activations computed again in the backward pass: less memory, more time

@@ -26,7 +26,7 @@ def option(default, help, choices=None, *, types=(), at_least=None, above=None, 
     """
     A dataclass field that is also a command-line key, with its one-line meaning and what it declares of itself:
 
-    choices: its allowed values. at_least, above, at_most, below: its range; a number must be finite in any case.
+    choices: its allowed values. at_least, above, at_most, below: its range; a number that has one must be finite.
     types: the model types that have it, one or several; in all others it must keep its default.
     needs: {another option: the value without which this one has no effect}.
     words: text that is one of these words or a number. items: int or float; text that is such numbers, comma between them.
@@ -80,7 +80,8 @@ def check_range(name, value, bounds):
     """Raises UserError unless a number is finite and within bounds, which are named as in the message: {'at least': 0}."""
     within = {'at least': value >= bounds.get('at least', value), 'above': value > bounds.get('above', -math.inf),
               'at most': value <= bounds.get('at most', value), 'below': value < bounds.get('below', math.inf)}
-    if not math.isfinite(value) or not all(within[word] for word in bounds):
+    infinite = isinstance(value, float) and not math.isfinite(value)  # an int may be too large for isfinite
+    if infinite or not all(within[word] for word in bounds):
         words = ' and '.join(f'{word} {bound}' for word, bound in bounds.items())
         raise UserError(f'{name}={value} must be {words}' + ', and finite' * isinstance(value, float))
 

@@ -1,7 +1,14 @@
 """bench.py measures both sides and says so in JSON. A small stand-in has the interface of a nanoGPT checkout."""
 import json
+from functools import partial
 
+import pytest
+import torch
+import torch.nn.functional as F
 from conftest import run_script
+
+import bench
+from model import GPTConfig
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=300', '--batch_size=2', '--rounds=2',
         '--new_tokens=8', '--compile=False', '--streams=1,2']
@@ -37,10 +44,6 @@ def test_against_another_checkout(tmp_path):
 
 
 def test_both_sides_start_from_the_same_weights_and_see_the_same_batches(tmp_path):
-    import torch
-
-    import bench
-    from model import GPTConfig
     (tmp_path / 'model.py').write_text(STAND_IN)
     config = bench.BenchConfig(against=str(tmp_path), compile=False)
     sizes = GPTConfig(block_size=16, vocab_size=320, n_layer=1, n_head=2, n_embd=16)
@@ -73,18 +76,34 @@ def test_the_types_beside_gpt2():
     assert done.returncode == 2 and 'heat adaptive' in done.stderr
 
 
-def test_duo_dense_is_duo():
-    import torch
+def dense_two_streams(attention, x, ahead):
+    """duo with all 2T-1 positions, the keys and values of the next tokens behind theirs, in one attention under a mask."""
+    (B, N, C), T, H = x.shape, ahead.size(1) + 1, attention.n_head
+    q, k, v = attention.c_attn(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4)
+    k_ahead, v_ahead = attention.look_ahead(k[:, :, :T], v[:, :, :T], ahead)
+    causal, itself = torch.ones(T, T, dtype=torch.bool).tril(), torch.eye(T - 1, dtype=torch.bool)
+    tokens = F.pad(causal, (0, 2 * (T - 1)))
+    masks = torch.cat((causal[:T - 1].tril(-1), itself, itself), dim=1)
+    k, v = torch.cat((k, k_ahead), dim=2), torch.cat((v, v_ahead), dim=2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat((tokens, masks)))
+    return attention.c_proj(y.transpose(1, 2).reshape(B, N, C))
 
-    import bench
-    from model import GPTConfig
-    sizes = GPTConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=16)
+
+@pytest.mark.parametrize('published', [False, True])
+def test_duo_is_one_dense_attention_under_a_mask(published):
+    sizes = GPTConfig(model_type='duo', block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=16, published=published)
     X, Y = torch.randint(30, (2, 16)), torch.randint(30, (2, 31))
     losses = []
-    for name in ('duo', 'duo dense'):
-        side = bench.type_side(name, bench.BenchConfig(compile=False), sizes, torch.device('cpu'), 'float32')
-        losses.append(side.model(X, Y)[1].item())
-    assert abs(losses[0] - losses[1]) < 1e-5
+    for dense in (False, True):
+        side = bench.type_side('duo', bench.BenchConfig(compile=False), sizes, torch.device('cpu'), 'float32')
+        if dense:
+            for block in side.model.transformer.h:
+                block.attn.two_streams = partial(dense_two_streams, block.attn)
+        loss = side.model(X, Y)[1]
+        loss.backward()
+        losses.append((loss.item(), [p.grad.clone() for p in side.model.parameters()]))
+    assert abs(losses[0][0] - losses[1][0]) < 1e-5
+    assert all(torch.allclose(mine, dense, atol=1e-5) for mine, dense in zip(losses[0][1], losses[1][1]))
 
 
 def test_refinement_beside_left_to_right():

@@ -1,3 +1,4 @@
+"""Checkpoints: plain, complete, never half written; whatever else lies in their place is one clear line."""
 import io
 import os
 import random
@@ -10,6 +11,7 @@ import torch
 from conftest import FORKS, resume
 
 import train
+from model import load_model
 from nanodrift import checkpoint
 from nanodrift.options import UserError
 
@@ -124,9 +126,11 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / 'evil').exists()
 
 
-def test_unknown_model_arguments():
-    with pytest.raises(UserError, match='n_wings'):
-        checkpoint.model_config({'n_layer': 1, 'n_wings': 2})
+@pytest.mark.parametrize('read', [load_model, train.config_of])
+def test_unknown_model_arguments(read):
+    with pytest.raises(UserError, match='the checkpoint has model arguments unknown here: n_wings') as e:
+        read({'model_args': {'n_layer': 1, 'n_wings': 2}})
+    one_line(e)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,9 +206,9 @@ def test_two_names_are_two_checkpoints(tmp_path):
 
 
 def test_without_hard_links(tmp_path, monkeypatch):
-    def refuse(*args):
+    def fail(*args):
         raise OSError('no hard links here')
-    monkeypatch.setattr(os, 'link', refuse)
+    monkeypatch.setattr(os, 'link', fail)
     test_two_names_are_two_checkpoints(tmp_path)
 
 

@@ -15,7 +15,9 @@ from conftest import ROOT, pseudo_text
 import compare
 import prepare
 import train
+from model import TYPES
 from nanodrift import checkpoint, report
+from nanodrift.data import load_meta
 from nanodrift.options import UserError, read_config_file
 
 RECIPE = '''
@@ -102,6 +104,34 @@ def test_a_report_of_several_types(place, words, calls):
     assert len(calls) == 5 and state_of(folder / 'runs' / 'gpt2_seed1')['iter_num'] == 8  # 1,024 tokens
     compare.main(args)
     assert len(calls) == 5 and results(folder)['rows'] == found['rows']  # all is known
+
+
+def test_reference_rows_are_computed_once_and_what_is_evaluated_is_said(place, words, calls, monkeypatch, capsys):
+    computed, real = [], compare.evaluate.reference_quality
+    monkeypatch.setattr(compare.evaluate, 'reference_quality', lambda *args: computed.append(args) or real(*args))
+
+    def compare_seeds(seeds):
+        computed.clear()
+        compare.main(words('once', '--variants=gpt2,rotating lr', f'--seeds={seeds}'))
+        said = re.findall(r'^(.*): validation text, 20 samples, \d+\.\d s$', capsys.readouterr().out, re.MULTILINE)
+        return len(computed), said
+    assert compare_seeds('1') == (1, ['gpt2, seed 1', 'rotating lr, seed 1'])
+    assert compare_seeds('1') == (0, [])  # all is known
+    assert compare_seeds('1,2') == (1, ['gpt2, seed 2', 'rotating lr, seed 2'])
+    rows = [json.loads(path.read_text())['others'] for path in place.glob('once/runs/*/evaluation.json')]
+    assert len(rows) == 4 and all(row == rows[0] for row in rows)
+    assert list(rows[0]) == ['real text', '1-grams', '2-grams', '3-grams', 'shuffled spans']
+    assert list(results(place / 'once')['others']) == list(rows[0])
+
+
+def test_no_more_text_is_evaluated_than_a_run_trains_on(place, words, calls, capsys):
+    validation = load_meta(place / 'text_bpe280')['splits']['val']['tokens']
+    assert 1024 < validation < 5120
+    for tokens, predictions in ((1024, 1024), (5120, (validation - 1) // 16 * 16)):
+        compare.main(words(f'windows{tokens}', '--variants=gpt2', '--seeds=1', '--samples=0', f'--tokens={tokens}'))
+        found = json.loads((place / f'windows{tokens}' / 'runs' / 'gpt2_seed1' / 'evaluation.json').read_text())
+        assert found['likelihood']['predictions'] == predictions and found['quality'] == {}
+        assert re.search(r'^gpt2, seed 1: validation text, \d+\.\d s$', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_curves_have_points_and_the_time_counts(place, words, calls):
@@ -222,7 +252,7 @@ def test_an_evaluation_is_that_of_its_checkpoint_judge_and_text(words, judged, m
     assert not glob.glob(f'{judged}/**/*.tmp', recursive=True)
 
 
-@pytest.mark.parametrize('recipe', sorted(glob.glob(f'{ROOT}/config/*.py')))
+@pytest.mark.parametrize('recipe', sorted(glob.glob(f'{ROOT}/config/**/*.py', recursive=True)))
 def test_every_recipe_can_be_shared(place, words, recipe):
     args = [f'--recipe={recipe}', '--dataset=text_byte', '--samples=0', '--tokens=1e8']
     if read_config_file(recipe).get('init_from'):
@@ -231,7 +261,7 @@ def test_every_recipe_can_be_shared(place, words, recipe):
         return
     config, _ = compare.configure(words('none', *args), compare.CompareConfig)
     runs = compare.plan(config)
-    assert len(runs) == 1 + 3 * len(compare.EACH_TYPE)
+    assert len(runs) == 1 + 3 * len(TYPES)
     for planned in runs:
         max_iters = compare.iterations(config, planned)
         settings, model_config, _ = train.read_settings([*planned.words, *planned.length(max_iters)])
@@ -242,6 +272,30 @@ def test_every_recipe_can_be_shared(place, words, recipe):
         assert train.Schedule(settings, 1000).warmup <= max(max_iters / 10, settings.warmup_ratio * max_iters + 1)
         assert settings.eval_interval <= max(1, max_iters / compare.EVALUATIONS)
         assert train.Schedule(settings, 1000).end == max_iters
+
+
+def measured_rows(settings, model_config):
+    """How many sequences go through a model in the evaluations of a run; in training one costs about three times as much."""
+    objective = TYPES[model_config.model_type].objective(model_config)
+    tokens = torch.zeros(settings.batch_size, objective.window(model_config.block_size), dtype=torch.long)
+    X, _, _ = (objective.eval_batch or objective.make_batch)(tokens, torch.Generator())
+    evaluations = settings.max_iters // settings.eval_interval + 1
+    return 2 * settings.eval_iters * evaluations * len(X)
+
+
+@pytest.mark.parametrize('asked, max_iters', [(80, 10_000), (2, 100), (80, 1000), (80, 100), (80, 8), (0, 1000), (0, 10)])
+def test_evaluations_of_a_short_run_take_no_longer_than_its_training(place, words, asked, max_iters):
+    (place / 'evaluated.py').write_text(RECIPE.replace('eval_iters = 2', f'eval_iters = {asked}')
+                                        .replace('eval_interval = 4', 'eval_interval = 1000'))
+    variants = 'gpt2,duo,diffusion' if max_iters >= 100 else 'gpt2'  # one batch is the least
+    args = words('none', f'--recipe={place}/evaluated.py', f'--variants={variants}', '--seeds=1', '--samples=0')
+    for planned in compare.plan(compare.configure(args, compare.CompareConfig)[0]):
+        settings, model_config, _ = train.read_settings([*planned.words, *planned.length(max_iters)])
+        most, measured = 3 * max_iters * settings.batch_size, measured_rows(settings, model_config)
+        assert 1 <= settings.eval_iters <= (asked or max_iters) and measured <= most
+        longer, _, _ = train.read_settings([*planned.words, *planned.length(max_iters), f'--eval_iters={asked}'])
+        if asked and 4 * measured_rows(longer, model_config) <= most:  # there is time for as many as the recipe asks for
+            assert settings.eval_iters == asked
 
 
 def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, monkeypatch):

@@ -1,5 +1,6 @@
 """evaluate.py: the numbers of training's own validation, one table, and who may judge whom."""
 import json
+import lzma
 import math
 import re
 
@@ -11,8 +12,9 @@ from conftest import pseudo_text, run_script
 import evaluate
 import prepare
 import train
+from model import load_model
 from nanodrift import checkpoint
-from nanodrift.data import Windows, derive_seed, load_meta
+from nanodrift.data import Stream, Windows, derive_seed, load_meta
 from nanodrift.options import UserError
 
 
@@ -63,7 +65,7 @@ def test_a_reliability_figure(go, tmp_path, monkeypatch, runs, capsys):
 
     def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('plot_results.figure', full)
+    monkeypatch.setattr('nanodrift.report.figure', full)
     with pytest.raises(UserError, match='No space left'):
         go('gpt2', f'--figure={tmp_path}/reliability.png')
     assert runs['gpt2'] in json.loads(capsys.readouterr().out.splitlines()[-1])['likelihood']  # the numbers come first
@@ -104,7 +106,7 @@ def test_more_draws_of_a_window_are_one_better_term(go, runs, place):
     for draw in range(4):
         bounds = []
         for i, offsets in enumerate(torch.tensor(windows.spread(len(windows))).split(4)):
-            rng = torch.Generator().manual_seed(derive_seed(4, i, *[draw] * bool(draw)))
+            rng = torch.Generator().manual_seed(derive_seed(Stream.EVAL_BATCH, i, *[draw] * bool(draw)))
             X, Y, W = model.objective.eval_batch(windows.read(offsets.tolist()), rng)
             with torch.no_grad():
                 ce = -model(X)[0][..., :-1].log_softmax(-1).gather(-1, Y[..., None]).squeeze(-1)
@@ -140,8 +142,8 @@ def test_two_ranks_find_the_same(runs, fork_ranks, tmp_path):
     said = (tmp_path / 'fork.out').read_text()
     assert [p.exitcode for p in ranks] == [0, 0], said
     two = json.loads(said.splitlines()[-1])
-    config, how, _ = evaluate.configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
-    one, samples = evaluate.evaluate(config, how, evaluate.setup_ranks('cpu', 'gloo', 60))
+    config, draw_config, _ = evaluate.configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
+    one, samples = evaluate.evaluate(config, draw_config, evaluate.setup_ranks('cpu', 'gloo', 60))
     assert json.dumps(two['likelihood']) == json.dumps(evaluate.finite(one))
     for row in [*two['samples'].values(), *samples.values()]:
         row.pop('tokens_per_s', None)
@@ -161,6 +163,10 @@ def test_samples_of_every_type_stand_beside_real_text_and_ngrams(go, runs):
     assert rows[runs['gpt2']]['nfe'] == 15 and rows[runs['repair']]['nfe'] == 8
     assert rows['real text']['js_1'] < rows['1-grams']['js_1'] + 0.1 and rows['1-grams']['js_3'] > rows['3-grams']['js_3']
     assert 'judged by' in out
+    config = evaluate.EvalConfig(num_samples=40, length=16)
+    entry, judge = (evaluate.load(config, runs[name], torch.device('cpu')) for name in ('duo', 'judge'))
+    reference = evaluate.reference_quality(config, entry, judge)  # which does not depend on the models beside it
+    assert reference == {row: rows[row] for row in list(rows)[:5]}
     again = go('gpt2,repair', *args)[1]['samples']
     for row in rows.values():
         row.pop('tokens_per_s', None)
@@ -245,7 +251,7 @@ def test_a_judge_is_causal_and_reads_the_same_tokens(go, runs, tmp_path, data_di
         assert f'{found["likelihood"][str(other)][key]:.4f}'[:5] not in table
 
 
-def test_different_tokenizers_of_one_text_meet_in_bits_per_byte(go, runs, place):
+def test_different_tokenizers_of_one_text_meet_in_bits_per_byte_beside_xz(go, runs, place, monkeypatch):
     prepare.main([f'--input={place}/text.txt', '--name=text', '--tokenizer=byte', '--num_proc=1', f'--data_dir={place}'])
     other = place / 'bytes'
     assert train.main(['--dataset=text_byte', f'--data_dir={place}', f'--out_dir={other}', '--max_iters=2', '--n_layer=1',
@@ -253,7 +259,12 @@ def test_different_tokenizers_of_one_text_meet_in_bits_per_byte(go, runs, place)
     out, found = go(f'gpt2,{other}')
     table = out.split('different tokenizers')[0].split('validation text')[-1]
     shown = [f'{found["likelihood"][name]["bits_per_byte"]:.4f}' for name in (runs['gpt2'], str(other))]
+    bytes_of_text = np.fromfile(place / 'text_byte/val.bin', dtype='uint16')
+    text = bytes_of_text[bytes_of_text < 256].astype('uint8').tobytes()
+    shown.append(f'{8 * len(lzma.compress(text, preset=9)) / len(text):.4f}')  # which no tokenizer changes
     assert re.findall(r'\d+\.\d+', table) == shown  # and nothing that is counted for each token
+    monkeypatch.setattr(evaluate, 'XZ_AT_MOST', len(text) - 1)
+    assert 'xz -9' in table and 'xz -9' not in go('gpt2')[0]
 
 
 MISTAKES = [(['--out_dir=nowhere'], 'nowhere'), (['--draws=0'], 'draws'), (['--length=1'], 'length')]

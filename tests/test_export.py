@@ -13,9 +13,10 @@ import generate_diffusion
 import prepare
 import sample
 import train
-from nanodrift import checkpoint
+from model import load_model
+from nanodrift import checkpoint, huggingface
 from nanodrift.options import UserError
-from nanodrift.tokenizer import tokenizer_from_meta
+from nanodrift.tokenizer import tokenizer_from_meta, tokenizer_from_spec
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
 
@@ -23,7 +24,7 @@ TEXT = "Héllo  world, it's 3 o'clock;\n\n  def f(x):\treturn x\n"
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
+def data(tmp_path_factory):
     """A folder with data sets of three tokenizers, which know the characters of TEXT."""
     folder = tmp_path_factory.mktemp('export')
     (folder / 'text.txt').write_text(pseudo_text(60) + TEXT, encoding='utf-8')
@@ -34,10 +35,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(place, tmp_path):
+def trained(data, tmp_path):
     """trained(**settings) -> folder of a run of a few iterations."""
     def make(name='run', dataset='text_bpe300', **settings):
-        values = TINY | dict(dataset=dataset, data_dir=place, out_dir=tmp_path / name) | settings
+        values = TINY | dict(dataset=dataset, data_dir=data, out_dir=tmp_path / name) | settings
         assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
         return str(tmp_path / name)
     return make
@@ -63,19 +64,18 @@ def test_transformers_has_the_same_logits_and_the_same_ids(trained, tmp_path, da
 
 
 def test_gpt2s_own_tokenizer_goes_along(tmp_path):
-    from nanodrift.tokenizer import tokenizer_from_spec
     ours = tokenizer_from_spec('gpt2')
-    theirs = export.hf_tokenizer(ours)
+    theirs = huggingface.hf_tokenizer(ours)
     assert theirs.encode(TEXT).ids == ours.encode(TEXT) and theirs.get_vocab_size() == 50257
 
 
-TYPES = {'dd': {}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {}, 'parallel': {'parallel_merge': 'concat'}, 'duo': {},
-         'diffusion': {}}
+CHANGES = {'dd': {}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {}, 'parallel': {'parallel_merge': 'concat'}, 'duo': {},
+           'diffusion': {}}
 
 
-@pytest.mark.parametrize('model_type', TYPES)
+@pytest.mark.parametrize('model_type', CHANGES)
 def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
-    out_dir = trained(model_type=model_type, **TYPES[model_type])
+    out_dir = trained(model_type=model_type, **CHANGES[model_type])
     export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
     state = huggingface.open_run(f'hf:{tmp_path}/hf')
     mine = load_model(checkpoint.load(checkpoint.find(out_dir)))
@@ -95,7 +95,7 @@ def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
         theirs = capsys.readouterr().out
         sample.main([f'--out_dir={out_dir}', *words])
     assert capsys.readouterr().out == theirs
-    child = trained('child', model_type=model_type, init_from=f'hf:{tmp_path}/hf', **TYPES[model_type])
+    child = trained('child', model_type=model_type, init_from=f'hf:{tmp_path}/hf', **CHANGES[model_type])
     assert checkpoint.load(checkpoint.find(child))['parents'] == [state['run_id']]
 
 
@@ -116,7 +116,7 @@ def test_drifting_takes_its_encoder_along(trained, tmp_path, monkeypatch):
             raise EntryNotFoundError('no such file')
         return str(tmp_path / 'moved' / filename)
     monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
-    monkeypatch.setattr(checkpoint, 'hub_is_reachable', lambda: True)
+    monkeypatch.setattr(huggingface, 'hub_is_reachable', lambda: True)
     for name in (f'hf:{tmp_path}/moved', f'hf:{tmp_path}/moved/', 'hf:some/model'):
         again = load_model(huggingface.open_run(name))
         assert torch.equal(again.generate_at_once(2, seed=1), mine.generate_at_once(2, seed=1))
@@ -140,7 +140,7 @@ def test_a_killed_export_is_not_in_the_way(trained, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export, 'write_tokenizer', killed)
+        patch.setattr(huggingface, 'write_tokenizer', killed)
         export.main(args)
     assert not (tmp_path / 'hf').exists()
     export.main(args)
@@ -172,7 +172,25 @@ def test_a_spoilt_folder_is_one_line(trained, tmp_path, model_type):
         sample.main([f'--init_from=hf:{tmp_path}/hf', '--device=cpu'])
 
 
-def test_mistakes_are_one_line(trained, tmp_path, place):
+def test_model_arguments_in_a_folder_may_be_text_and_those_that_are_missing_have_their_defaults(trained, tmp_path):
+    export.main([f'--out_dir={trained(model_type="heat")}', f'--to={tmp_path}/hf'])
+    path = tmp_path / 'hf' / 'config.json'
+    config = json.loads(path.read_text())
+    whole = dict(config['model_args'])
+    numbers = ('vocab_size', 'block_size', 'n_layer', 'n_head')
+    for kind in (str, float):
+        config['model_args'] = whole | {key: kind(whole[key]) for key in numbers}
+        path.write_text(json.dumps(config))
+        trained(kind.__name__, model_type='heat', init_from=f'hf:{tmp_path}/hf')
+        export.main([f'--out_dir=hf:{tmp_path}/hf', f'--to={tmp_path}/again-{kind.__name__}'])
+    for key, reason in (('vocab_size', 'vocabulary of 50257'), ('n_layer', 'the weights lack transformer.h.2')):
+        config['model_args'] = {name: value for name, value in whole.items() if name != key}
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=reason):
+            trained(key, model_type='heat', init_from=f'hf:{tmp_path}/hf')
+
+
+def test_mistakes_are_one_line(trained, tmp_path, data):
     out_dir = trained()
     with pytest.raises(UserError, match='--to'):
         export.main([f'--out_dir={out_dir}'])
@@ -185,4 +203,4 @@ def test_mistakes_are_one_line(trained, tmp_path, place):
     with pytest.raises(UserError, match='tokenizer'):
         export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
         train.main([f'--init_from=hf:{tmp_path}/hf', '--dataset=text_char', f'--out_dir={tmp_path}/y',
-                    f'--data_dir={place}'])
+                    f'--data_dir={data}'])

@@ -5,24 +5,24 @@ import pytest
 import torch
 from conftest import TINY
 
-from model import GPT, GPTConfig
-from nanodrift import checkpoint
+from model import GPT, GPTConfig, load_model
+from nanodrift import checkpoint, huggingface
 from nanodrift.machine import Ranks
 from nanodrift.options import UserError
 from train import Trainer
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
 
-TYPES = {
+CHANGES = {
     'dd': {}, 'dd published': {'model_type': 'dd', 'published': True}, 'heat': {'heat_t': 'adaptive'}, 'rotating': {},
     'rotating norm': {'model_type': 'rotating', 'use_norm': True}, 'parallel': {'parallel_merge': 'concat'}, 'duo': {},
 }
-every_type = pytest.mark.parametrize('name', TYPES)
+every_type = pytest.mark.parametrize('name', CHANGES)
 SIZES = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
 
 
 def options(name):
-    return {'model_type': name.split()[0]} | TYPES[name]
+    return {'model_type': name.split()[0]} | CHANGES[name]
 
 
 def hf_folder(path, vocab_size, extra=None, drop=()):
@@ -56,7 +56,7 @@ def vocab_size(tiny):
 def test_plain_gpt2_starts_any_type_and_only_its_own_weights_are_fresh(tmp_path, start, vocab_size, name):
     folder = hf_folder(tmp_path, vocab_size)
     trainer, said = start(folder, **options(name))
-    _, weights = huggingface.load_gpt2(folder)
+    weights = huggingface.open_run(f'hf:{folder}')['model']
     own = trainer.model.state_dict()
     fresh = [key for key in own if key not in weights]
     for key in weights:
@@ -109,7 +109,7 @@ def test_published_weights_come_in_by_their_own_name_and_only_into_a_run(tmp_pat
         load_model(huggingface.open_run(f'hf:{folder}'))
 
 
-@pytest.mark.parametrize('name', TYPES)
+@pytest.mark.parametrize('name', CHANGES)
 def test_a_weight_that_no_type_has_is_named(tmp_path, start, vocab_size, name):
     folder = hf_folder(tmp_path, vocab_size, {'transformer.h.0.attn.strange': torch.zeros(3)})
     with pytest.raises(UserError, match='attn.strange'):
@@ -134,7 +134,7 @@ def test_given_rates_of_rotating_gp_are_used(tmp_path, start, vocab_size):
     (lambda c, w: c.update(model_type='parallel-gpt2'), '--model_type=parallel'),
     (lambda c, w: c.update(model_type='mamba-gpt2'), 'mamba-gpt2'),
 ])
-def test_weights_that_contradict_their_config_are_refused(tmp_path, start, vocab_size, change, reason):
+def test_weights_that_contradict_their_config_are_rejected(tmp_path, start, vocab_size, change, reason):
     folder = hf_folder(tmp_path, vocab_size)
     config = json.loads((tmp_path / 'config.json').read_text())
     weights = torch.load(tmp_path / 'pytorch_model.bin', weights_only=True)
@@ -160,16 +160,37 @@ def test_the_shared_bottleneck_of_parallel_concat_loads(tmp_path, start, vocab_s
     assert torch.equal(trainer.model.transformer.bottleneck.weight, extra['transformer.bottleneck.weight'])
 
 
-def test_duos_mask_is_the_last_row_of_a_table_one_longer(tmp_path, start, vocab_size):
+def test_duos_mask_is_the_last_row_of_an_embedding_matrix_one_longer(tmp_path, start, vocab_size):
     folder = hf_folder(tmp_path, vocab_size + 1)
     trainer, said = start(folder, model_type='duo', published=True)
     assert 'starting fresh: nothing' in said and trainer.model.config.vocab_size == vocab_size
-    table = huggingface.load_gpt2(folder)[1]['transformer.wte.weight']
-    assert torch.equal(trainer.model.transformer.wte.weight[:vocab_size + 1], table[:vocab_size + 1])
+    given = huggingface.open_run(f'hf:{folder}')['model']['transformer.wte.weight']
+    assert torch.equal(trainer.model.transformer.wte.weight[:vocab_size + 1], given[:vocab_size + 1])
     with pytest.raises(UserError, match='vocabulary'):
         start(folder, model_type='gpt2')
     with pytest.raises(UserError, match='vocabulary'):
         start(hf_folder(tmp_path, vocab_size + 2), model_type='duo')
+
+
+def test_folders_that_are_not_gpt2_are_rejected_by_name(tmp_path):
+    name = f'hf:{tmp_path}'
+    with pytest.raises(UserError, match='config.json'):
+        huggingface.open_run(name)
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
+    with pytest.raises(UserError, match="'llama'"):
+        huggingface.open_run(name)
+    config = {'model_type': 'gpt2', 'n_positions': 8, 'vocab_size': 9, 'n_layer': 1, 'n_head': 1, 'n_embd': 4}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match='model.safetensors'):
+        huggingface.open_run(name)
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'layer_norm_epsilon': 1e-3}))
+    with pytest.raises(UserError, match='layer_norm_epsilon'):
+        huggingface.open_run(name)
+
+
+def test_without_a_network_the_error_says_what_to_do():
+    with pytest.raises(UserError, match='hf:FOLDER'):
+        huggingface.open_run('hf:nobody/no-such-model')
 
 
 def test_what_is_unknown_missing_or_of_another_shape_is_named(tmp_path, start, vocab_size):
@@ -203,7 +224,13 @@ def test_a_longer_context_and_another_types_run_are_cut_to_fit(tmp_path, tiny, c
         Trainer(backwards, plain, Ranks())
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_gpt2_has_no_weights_of_its_own(bias):
+    names = list(GPT(GPTConfig(vocab_size=20, bias=bias, **SIZES)).state_dict())
+    assert names and all(checkpoint.GPT2_NAMES.fullmatch(name) for name in names)
+
+
 def test_every_own_weight_is_listed():
     model = GPT(GPTConfig(model_type='heat', heat_t='adaptive', vocab_size=20, **SIZES))
-    names = checkpoint.own_names(model)
+    names = [name for name in model.state_dict() if not checkpoint.GPT2_NAMES.fullmatch(name)]
     assert len(names) == 2 * 6 and all('.attn.time.mlp.' in name for name in names)

@@ -1,5 +1,4 @@
 """GPT-2 is GPT-2: against transformers, against slow obvious versions, and against itself on every path."""
-import json
 import math
 
 import pytest
@@ -7,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
-from nanodrift import checkpoint, objectives
-from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy
+from nanodrift import checkpoint, huggingface, metrics
+from nanodrift.kernels import IGNORE
 from nanodrift.options import UserError
 from nanodrift.sampling import sample_logits
 
@@ -61,9 +60,9 @@ def test_logits_loss_and_gradients_agree_with_hugging_face(hf_model, tmp_path, f
         hf_model.save_pretrained(tmp_path, max_shard_size='40KB' if form == 'sharded' else '1GB')
     if form == 'sharded':
         assert (tmp_path / 'model.safetensors.index.json').exists()
-    model_args, weights = huggingface.load_gpt2(str(tmp_path))
-    model = GPT(GPTConfig(**model_args)).eval()
-    assert checkpoint.start_from(model, weights) == []
+    state = huggingface.open_run(f'hf:{tmp_path}')
+    model = GPT(GPTConfig(**state['model_args'])).eval()
+    assert checkpoint.start_from(model, state['model']) == []
     idx = tokens(2, 32)
     theirs = hf_model(idx, labels=idx)
     ours, _ = model(idx, idx)
@@ -77,26 +76,6 @@ def test_logits_loss_and_gradients_agree_with_hugging_face(hf_model, tmp_path, f
     torch.testing.assert_close(model.transformer.wte.weight.grad[:101], wte, atol=1e-5, rtol=1e-4)
     c_fc = hf_model.transformer.h[1].mlp.c_fc.weight.grad.t()
     torch.testing.assert_close(model.transformer.h[1].mlp.c_fc.weight.grad, c_fc, atol=1e-5, rtol=1e-4)
-
-
-def test_hf_folders_that_are_not_gpt2_are_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match='config.json'):
-        huggingface.load_gpt2(str(tmp_path))
-    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
-    with pytest.raises(UserError, match="'llama'"):
-        huggingface.load_gpt2(str(tmp_path))
-    config = {'model_type': 'gpt2', 'n_positions': 8, 'vocab_size': 9, 'n_layer': 1, 'n_head': 1, 'n_embd': 4}
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(UserError, match='model.safetensors'):
-        huggingface.load_gpt2(str(tmp_path))
-    (tmp_path / 'config.json').write_text(json.dumps(config | {'layer_norm_epsilon': 1e-3}))
-    with pytest.raises(UserError, match='layer_norm_epsilon'):
-        huggingface.load_gpt2(str(tmp_path))
-
-
-def test_hf_without_a_network_says_what_to_do():
-    with pytest.raises(UserError, match='hf:FOLDER'):
-        huggingface.load_gpt2('nobody/no-such-model')
 
 
 def test_weights_that_do_not_fit_are_named():
@@ -160,75 +139,14 @@ def test_padding_has_no_probability_and_gets_no_gradient():
     assert all((column < 101).all() for column in model.generate(idx, 20, temperature=5.0, seed=0))
 
 
-def test_contradicting_sizes_are_refused():
+def test_contradicting_sizes_are_rejected():
     for wrong in ({'n_head': 3}, {'dropout': 1.0}, {'n_layer': 0}, {'model_type': 'gpt3'}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             GPTConfig(**SIZES | wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the fused head
-
-@pytest.mark.parametrize('per_chunk', [1, 700, 2 ** 25])
-@pytest.mark.parametrize('weighted', [False, True])
-def test_fused_head_is_cross_entropy_in_value_and_gradient(monkeypatch, per_chunk, weighted):
-    monkeypatch.setattr(objectives, 'LOGITS_PER_CHUNK', per_chunk)
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 16, dtype=torch.float64)
-    weight = torch.randn(64, 16, dtype=torch.float64)
-    y = torch.randint(50, (3, 7))
-    y[0, 2], y[2, 6] = IGNORE, IGNORE
-    w = torch.rand(3, 7, dtype=torch.float64) if weighted else None
-    x64, weight64 = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected = cross_entropy_in_float64(x64 @ weight64[:50].t(), y, w)
-    (3 * expected).backward()
-    x32, weight32 = x.float().requires_grad_(), weight.float().requires_grad_()
-    loss = linear_cross_entropy(x32, weight32, 50, y, None if w is None else w.float())
-    (3 * loss).backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(x32.grad.double(), x64.grad, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(weight32.grad.double(), weight64.grad, atol=2e-6, rtol=1e-5)
-    plain = cross_entropy(x32 @ weight32[:50].t(), y, None if w is None else w.float())
-    assert plain.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def cross_entropy_in_float64(logits, y, w):
-    """One position at a time."""
-    total, count = 0.0, 0
-    for row, target, i in zip(logits.flatten(0, 1), y.flatten().tolist(), range(y.numel())):
-        if target != IGNORE:
-            total = total - (row[target] - row.logsumexp(0)) * (1 if w is None else w.flatten()[i])
-            count += 1
-    return total / count
-
-
-def test_fused_head_survives_logits_that_overflow_exp():
-    x = torch.tensor([[300.0], [-300.0]], requires_grad=True)
-    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-    loss = linear_cross_entropy(x[None], weight, 3, torch.tensor([[1, 1]]))
-    assert loss.item() == pytest.approx(300.0)  # (600 + 0) / 2
-    loss.backward()
-    assert torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_fused_head_follows_autocast(dtype):
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 32, 64, requires_grad=True), (torch.randn(128, 64) * 0.1).requires_grad_()
-    y = torch.randint(101, (2, 32))
-    linear_cross_entropy(x, weight, 101, y).backward()
-    exact = x.grad, weight.grad
-    x.grad = weight.grad = None
-    with torch.autocast('cpu', dtype):
-        loss = linear_cross_entropy(x, weight, 101, y)
-    loss.backward()
-    assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32
-    for found, wanted in zip((x.grad, weight.grad), exact):
-        assert (found - wanted).norm() / wanted.norm() < 0.02
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# causality (more of it in test_attention.py), and every path gives the same
+# causality (more of it in test_model_types.py), and every path gives the same
 
 def test_random_tokens_cannot_be_predicted():
     """Trained on noise, held-out loss stays at log V or above; a leak would fall below."""
@@ -264,70 +182,34 @@ def test_cached_greedy_tokens_are_the_uncached_ones(prompt):
     assert len(set(cached.flatten().tolist())) > 5, 'a constant output would agree too'
 
 
-@torch.no_grad()
-def test_cached_logits_are_the_full_ones():
-    from model import KVCache
-    model = make()
-    idx = tokens(2, 32)
-    full = model.head(model.trunk(idx))
-    cache = KVCache(model.config, 2, 32, 'cpu', torch.float32)
-    parts = [model.trunk(idx[:, :7], cache)] + [model.trunk(idx[:, i:i + 1], cache) for i in range(7, 32)]
-    torch.testing.assert_close(model.head(torch.cat(parts, 1)), full, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('rows', [1, 2, 5])
-@torch.no_grad()
-def test_what_generation_lends_a_linear_computes_the_same_and_is_taken_back(rows, bias):
-    model = make(bias=bias)
-    lent = model._packed(rows)
-    assert model.lm_head in lent and model.transformer.h[0].mlp.c_fc in lent
-    for linear, product in lent.items():
-        x = torch.randn(rows, 1, linear.in_features)
-        torch.testing.assert_close(product(x), linear(x), atol=1e-5, rtol=1e-5)
-    with model._lend({model.lm_head: lambda x: x[..., :7]}):
-        assert model.head(torch.zeros(rows, SIZES['n_embd'])).size(-1) == 7
-    assert model.head(torch.zeros(rows, SIZES['n_embd'])).size(-1) == model.config.vocab_size
-
-
-def test_weights_that_change_between_two_steps_of_generation_are_seen_by_everyone_else():
-    model, idx = make(), tokens(2, 4)
-    columns = model.generate(idx, 8, temperature=0)
-    next(columns)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-        fresh = make()
-        fresh.load_state_dict(model.state_dict())
-        assert torch.equal(model(idx)[0], fresh(idx)[0])
-
-
 def test_gradient_checkpointing_and_compilation_change_nothing():
     idx = tokens(2, 32)
     grads = []
-    for change in ('plain', 'checkpointing', 'compiled'):
+    for change in ('plain', 'recomputed', 'compiled'):
         model = make().train()
-        model.gradient_checkpointing = change == 'checkpointing'
+        if change == 'recomputed':
+            model.recompute_blocks()
         if change == 'compiled':
             model.compile_blocks()
         model(idx, idx, return_logits=False)[1].backward()
         grads.append([p.grad for p in model.parameters()])
-    for plain, checkpointed, compiled in zip(*grads):
-        assert torch.equal(plain, checkpointed)
+    for plain, recomputed, compiled in zip(*grads):
+        assert torch.equal(plain, recomputed)
         torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_metrics_are_those_of_the_logits(monkeypatch):
-    monkeypatch.setattr(objectives, 'LOGITS_PER_CHUNK', 700)  # several chunks
+    monkeypatch.setattr(metrics, 'LOGITS_PER_CHUNK', 700)  # several chunks
     model = make()
     idx, y = tokens(2, 32), tokens(2, 32, seed=2)
     y[0, :5] = IGNORE
     found = model.objective.metrics(model, idx, y)
     logits, loss = model(idx, y)
     keep = y != IGNORE
-    assert found['count'] == keep.sum()
-    assert (found['loss'] / found['count']).item() == pytest.approx(loss.item(), rel=1e-6)
-    assert found['accuracy'] == (logits.argmax(-1) == y)[keep].sum()
+    assert found['loss'].count == found['accuracy'].count == keep.sum()
+    assert found['loss'].value() == pytest.approx(loss.item(), rel=1e-6)
+    assert found['accuracy'].total == (logits.argmax(-1) == y)[keep].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""Every kind of attention: against slow obvious versions, against gpt2 where both must agree, and for leaks."""
+"""Every model type: against slow obvious versions, against gpt2 where both must agree, and for leaks."""
 import copy
 import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_model import SIZES, make, tokens
+from test_rotary import rotate_in_a_loop
 
 import train
 from model import GPT, TYPES, GPTConfig
@@ -125,11 +126,12 @@ def plain_block(block, x, allowed):
 # all types: no leaks, and every path gives the same
 
 @every_variant
-@pytest.mark.parametrize('path', ['evaluation', 'training', 'checkpointing'])
+@pytest.mark.parametrize('path', ['evaluation', 'training', 'recomputing'])
 def test_a_later_token_changes_no_earlier_logit(variant, path):
     changes = VARIANTS[variant] | {'dropout': 0.1 if path == 'training' else 0.0}
     model = make(**changes).train(path != 'evaluation')
-    model.gradient_checkpointing = path == 'checkpointing'
+    if path == 'recomputing':
+        model.recompute_blocks()
     for length, positions in ((2, [1]), (6, range(1, 6)), (32, [15, 16, 31])):
         idx = tokens(2, length)
         before = token_logits(model, idx)
@@ -154,7 +156,7 @@ def test_compiled_blocks_leak_nothing_and_compute_the_same(variant, backend):
     if backend == 'inductor':
         model.compile_blocks()
     else:
-        for block in model.transformer.h:
+        for block in model.layers:
             block.compile(dynamic=False, backend=backend)
     torch.manual_seed(1)
     assert_close(model(X, Y, W)[0], plain)
@@ -174,7 +176,7 @@ def test_cached_logits_leak_nothing_and_are_the_full_ones(variant):
     idx = tokens(2, 32)
 
     def cached(idx):
-        cache = KVCache(model.config, 2, 32, 'cpu', torch.float32)
+        cache = KVCache(model, 2, 32)
         parts = [model.trunk(idx[:, :7], cache)] + [model.trunk(idx[:, i:i + 1], cache) for i in range(7, 32)]
         return model.head(torch.cat(parts, dim=1))
     before = cached(idx)
@@ -202,9 +204,9 @@ def test_cached_greedy_tokens_are_the_uncached_ones(variant, prompt, n):
 def test_gradient_checkpointing_changes_nothing(variant):
     model = make(dropout=0.1, **VARIANTS[variant]).train()
     plain = gradients(model, *batch(model))
-    model.gradient_checkpointing = True
-    checkpointed = gradients(model, *batch(model))
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    model.recompute_blocks()
+    recomputed = gradients(model, *batch(model))
+    assert plain.keys() == recomputed.keys() and all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 @every_variant
@@ -438,7 +440,7 @@ def test_adaptive_time_starts_between_its_limits_and_stays_there(limits):
 def test_adaptive_time_as_published_is_one_per_sequence_and_sees_the_future():
     published = make(model_type='heat', heat_t='adaptive', published=True)
     default = twin(published, published=False)
-    assert default.causal and not published.causal
+    assert default.config.causal and not published.config.causal
     time = published.transformer.h[1].attn.time
     q, k = torch.randn(2, 2, H, 9, D)
     wanted = times_in_a_loop(time, statistics_in_a_loop(q.double(), k.double()).mean(2, keepdim=True))
@@ -475,18 +477,6 @@ def rates_in_a_loop(rope, variant, n_head=H, width=D):
     return f
 
 
-def turn_in_a_loop(x, f):
-    """Coordinates 2i and 2i+1 of head h at position p, turned by p * f[h, i]. x (B, H, T, D)."""
-    turned = torch.zeros_like(x, dtype=torch.float64)
-    for h in range(x.size(1)):
-        for p in range(x.size(2)):
-            for i in range(x.size(3) // 2):
-                even, odd = x[:, h, p, 2 * i], x[:, h, p, 2 * i + 1]
-                cos, sin = (p * f[h, i]).cos(), (p * f[h, i]).sin()
-                turned[:, h, p, 2 * i], turned[:, h, p, 2 * i + 1] = even * cos - odd * sin, even * sin + odd * cos
-    return turned
-
-
 @pytest.mark.parametrize('variant', ['rotating lr', 'rotating lr norm', 'rotating gp norm'])
 def test_rotating_at_zero_rates_is_gpt2(variant):
     model = make(**ROTATING[variant]).train()
@@ -507,13 +497,13 @@ def test_rotation_is_its_formula_in_value_and_gradient(variant):
     f = rates_in_a_loop(attn.rope, variant)
     x = torch.randn(2, 9, 32, requires_grad=True)
     q, k, v = (part.double() for part in heads_of(attn, x))
-    wanted = attend_in_a_loop(turn_in_a_loop(q, f), turn_in_a_loop(k, f), v)
+    wanted = attend_in_a_loop(rotate_in_a_loop(q, f), rotate_in_a_loop(k, f), v)
     assert_same_value_and_gradients(attended(attn, x), wanted, x, *attn.rope.parameters())
 
 
 @pytest.mark.parametrize('variant', ROTATING)
 @torch.no_grad()
-def test_turned_heads_know_relative_positions_only_each_at_its_own_rates(variant):
+def test_rotated_heads_know_relative_positions_only_each_at_its_own_rates(variant):
     rope = make(**ROTATING[variant]).transformer.h[1].attn.rope
     q, k = (x.expand(1, H, 32, D) for x in torch.randn(2, D))  # the same vectors everywhere
     scores = torch.matmul(*[x if i == 0 else x.mT for i, x in enumerate(rope(q, k, 0))])[0]  # (H, T, T)
@@ -542,17 +532,6 @@ def test_learned_rates_start_from_a_normal_distribution():
     rates = torch.stack([block.attn.rope.frequencies for block in model.transformer.h])
     assert rates.shape == (4, H, 64)
     assert rates.mean().item() == pytest.approx(0, abs=0.1) and rates.std().item() == pytest.approx(1, rel=0.07)
-
-
-def test_the_table_of_fixed_rates_is_that_of_the_moment_and_is_not_saved():
-    model = make(**ROTATING['rotating gp'])
-    assert not [name for name in model.state_dict() if 'table' in name]
-    idx = tokens(2, 32)
-    before = token_logits(model, idx)
-    for rope in (block.attn.rope for block in model.transformer.h):
-        assert torch.equal(rope.table, rope.angles(0, 32))
-        rope.table = None
-    assert torch.equal(token_logits(model, idx), before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,7 +621,7 @@ def duo_in_a_loop(model, idx):
 
 def duo_interleaved(model, idx):
     """As published: one sequence t1 M t2 M ... tT of length 2T-1 and a mask of what each attends to; tokens come first in
-    the answer. idx (B, T)."""
+    the result. idx (B, T)."""
     T = idx.size(1)
     allowed = torch.zeros(2 * T - 1, 2 * T - 1, dtype=torch.bool)
     for i in range(T):
@@ -753,9 +732,9 @@ def test_the_loss_of_duo_is_a_mean_and_its_metrics_tell_the_kinds_apart(weight):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert model(X, Y, W, return_logits=False)[1].item() == pytest.approx(wanted.item(), rel=1e-6)
     kinds = {'loss': losses[:, :T], 'accuracy': correct[:, :T], 'fill_loss': losses[:, T:], 'fill_accuracy': correct[:, T:]}
-    sums = model.objective.metrics(model, X, Y, W)
-    assert sums['count'] == 2 * T and sums['fill_count'] == 2 * (T - 1)
-    summary = model.objective.summary(sums)
+    metrics = model.objective.metrics(model, X, Y, W)
+    assert metrics['loss'].count == 2 * T and metrics['fill_loss'].count == 2 * (T - 1)
+    summary = model.objective.summary(metrics)
     assert summary == pytest.approx({name: kind.mean().item() for name, kind in kinds.items()}, rel=1e-6)
     assert model.objective.val_metric == 'loss'
 
@@ -772,17 +751,21 @@ def test_no_sample_is_ever_the_mask():
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
+ADAPTIVE = {'model_type': 'heat', 'heat_t': 'adaptive'}
+
+
 @pytest.mark.parametrize('wrong, reason', [
     ({'model_type': 'parallel', 'n_layer': 3}, 'n_layer=3 must be even'),
-    ({'model_type': 'heat', 'heat_t': '0'}, 'heat_t=0 must be at least'),
-    ({'model_type': 'heat', 'heat_t': '-1'}, 'heat_t=-1 must be at least'),
-    ({'model_type': 'heat', 'heat_t': 'nan'}, 'heat_t=nan must be at least'),
-    ({'model_type': 'heat', 'heat_t': 'inf'}, 'heat_t=inf'),
+    ({'model_type': 'heat', 'heat_t': '0'}, 'heat_t=0.0 must be at least 1e-06'),
+    ({'model_type': 'heat', 'heat_t': '-1'}, 'heat_t=-1.0 must be at least 1e-06'),
+    ({'model_type': 'heat', 'heat_t': 'nan'}, 'heat_t=nan must be at least 1e-06, and finite'),
+    ({'model_type': 'heat', 'heat_t': 'inf'}, 'heat_t=inf must be at least 1e-06, and finite'),
     ({'model_type': 'duo', 'block_size': 1}, 'block_size=1'),
     ({'model_type': 'heat', 'heat_t': 'warm'}, "heat_t='warm' is neither a number nor one of: depth, adaptive"),
-    ({'model_type': 'heat', 'heat_t_min': 10.0}, 'heat_t_min=10.0 must be at least .* and below heat_t_max=10.0'),
-    ({'model_type': 'heat', 'heat_t_min': 0.0}, 'heat_t_min=0.0 must be at least'),
-    ({'model_type': 'heat', 'heat_t_max': 0.05}, 'below heat_t_max=0.05'),
+    (ADAPTIVE | {'heat_t_min': 10.0}, 'heat_t_min=10.0 must be below heat_t_max=10.0'),
+    (ADAPTIVE | {'heat_t_min': 0.0}, 'heat_t_min=0.0 must be at least 1e-06, and finite'),
+    (ADAPTIVE | {'heat_t_max': 0.05}, 'heat_t_min=0.1 must be below heat_t_max=0.05'),
+    (ADAPTIVE | {'heat_t_max': math.inf}, 'heat_t_max=inf must be above 0, and finite'),
     ({'model_type': 'rotating', 'n_embd': 12}, 'n_embd / n_head = 3 must be even'),
     ({'model_type': 'dd', 'diffusion_std': -0.1}, 'diffusion_std=-0.1 must be at least 0'),
     ({'model_type': 'duo', 'duo_fill_weight': -1.0}, 'duo_fill_weight=-1.0 must be at least 0'),
@@ -791,7 +774,7 @@ def test_no_sample_is_ever_the_mask():
     ({'model_type': 'parallel', 'parallel_merge': 'x'}, 'parallel_merge.*not one of: mean, add, concat'),
     ({'model_type': 'cold'}, 'model_type.*not one of: gpt2, dd, heat, rotating, parallel, duo, diffusion'),
 ])
-def test_options_that_make_no_sense_are_refused(wrong, reason):
+def test_options_that_make_no_sense_are_rejected(wrong, reason):
     with pytest.raises(UserError, match=reason):
         GPTConfig(**SIZES | wrong)
 
@@ -805,34 +788,41 @@ def test_options_that_make_no_sense_are_refused(wrong, reason):
     dict(model_type='diffusion', diffusion_objective='nelbo', penalty_keep_mask=0.5),
     dict(model_type='diffusion', diffusion_objective='nelbo', penalty_mask_correct=0.1),
 ])
-def test_an_option_that_another_leaves_without_effect_is_refused(idle):
+def test_an_option_that_another_leaves_without_effect_is_rejected(idle):
     with pytest.raises(UserError, match='has no effect without'):
         GPTConfig(**SIZES | idle)
 
 
-def test_an_option_of_another_type_is_refused_by_name():
+def test_an_option_of_another_type_is_rejected_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
              'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft',
              'drift_features': 'tokens', 'drift_temperatures': '0.3'}
     needed = {'drifting': {'encoder': 'somewhere'}}
     drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
-    adaptive = {'heat_t': 'adaptive'}
-    together = {'diffusion': dict.fromkeys(ENCODER_OPTIONS, drift),
-                'heat': {'heat_t_min': adaptive, 'heat_t_max': adaptive, 'published': adaptive}}
-    defaults = {f.name: f.default for f in GPTConfig.__dataclass_fields__.values()}
-    for name in {name for names in OPTIONS.values() for name in names}:
-        default = defaults[name]
+    of_the_field = [f.name for f in fields(GPTConfig) if f.metadata['needs'].get('diffusion_objective') == 'drift']
+    together = {'diffusion': dict.fromkeys(of_the_field, drift),
+                'heat': {'heat_t_min': ADAPTIVE, 'heat_t_max': ADAPTIVE, 'published': ADAPTIVE}}
+    assert len(of_the_field) == 5
+    for f in fields(GPTConfig):
+        if not f.metadata['types']:
+            continue
+        name, default = f.name, f.default
         value = other[name] if isinstance(default, str) else not default if isinstance(default, bool) else default / 2 or 1
         for model_type in TYPES:
             given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
-            if name in OPTIONS[model_type]:
+            if model_type in f.metadata['types']:
                 given = together.get(model_type, {}).get(name, {}) | given
                 assert getattr(GPTConfig(**given), name) == value
             else:
                 with pytest.raises(UserError, match=f'{name} is an option of model_type .*, not of {model_type}'):
                     GPTConfig(**given)
+
+
+def test_every_type_is_tested_and_every_option_is_of_types_that_there_are():
     causal = {changes.get('model_type', 'gpt2') for changes in VARIANTS.values()}
-    assert set(OPTIONS) == set(TYPES) == causal | {'diffusion', 'drifting'}
+    assert set(TYPES) == causal | {'diffusion', 'drifting'}
+    owners = {model_type for f in fields(GPTConfig) for model_type in f.metadata['types']}
+    assert owners == set(TYPES) - {'gpt2'}
 
 
 def test_help_tells_every_option_and_whose_it_is(capsys):
@@ -840,10 +830,10 @@ def test_help_tells_every_option_and_whose_it_is(capsys):
         train.read_settings(['--help'])
     assert stop.value.code == 0
     text = ' '.join(capsys.readouterr().out.split()).partition('GPTConfig:')[2]
-    for model_type, names in OPTIONS.items():
-        assert model_type in text
-        for name in names:
-            meaning = text.partition(f'--{name} ')[2].partition(' --')[0]
-            assert model_type in meaning.partition(':')[0], name
+    assert all(model_type in text for model_type in TYPES)
+    for f in fields(GPTConfig):
+        meaning = text.partition(f'--{f.name} ')[2].partition(' --')[0]
+        for model_type in f.metadata['types']:
+            assert model_type in meaning.partition(':')[0], f.name
     for name in inspect.signature(GPTConfig).parameters:
         assert f'--{name} ' in text

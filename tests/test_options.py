@@ -1,3 +1,4 @@
+"""Options: from the command line and from config files, what they declare of themselves, and the errors they raise."""
 import re
 from dataclasses import dataclass, fields
 
@@ -7,7 +8,7 @@ from conftest import run_script
 import train
 from model import GPTConfig
 from nanodrift import options
-from nanodrift.options import UserError, build, configure, option, read_values
+from nanodrift.options import UserError, build, check_options, configure, from_stored, option, read_values
 
 
 @dataclass
@@ -17,6 +18,25 @@ class Toy:
     on: bool = option(True, 'whether at all')
     name: str = option('x', 'what to call it')
     kind: str = option('a', 'which one', ('a', 'b'))
+
+
+@dataclass
+class Rules:
+    """Everything that an option can declare of itself."""
+    model_type: str = option('plain', 'which type', ('plain', 'fancy', 'other'))
+    count: int = option(1, 'how many', at_least=1)
+    limit: int = option(0, 'how many at most', at_least=0, below=2 ** 63)
+    share: float = option(0.5, 'how much of it', at_least=0, below=1)
+    scale: float = option(1.0, 'how large', above=0, at_most=2)
+    form: str = option('round', 'in which form', ('round', 'flat'), types='fancy')
+    time: str = option('auto', 'how long', types=('fancy', 'other'), words=('auto', 'learned'), at_least=0.1)
+    least: float = option(0.2, 'how long at least', types='fancy', at_least=0, needs={'time': 'learned'})
+    noise: float = option(0.0, 'how much noise', at_least=0, needs={'form': 'flat'})
+    steps: str = option('1,2', 'how many steps, each', items=int, at_least=1)
+    rates: str = option('0.1,0.3', 'how fast, each', items=float, above=0)
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @pytest.fixture
@@ -61,14 +81,14 @@ def test_values_in_a_file(config_file, line, value):
 
 @pytest.mark.parametrize('argument', ['--size=1.5', '--size=nan', '--size=inf', '--size=x', '--size=', '--rate=fast',
                                       '--on=maybe', '--on=', '--kind=c', '--size'])
-def test_bad_values_are_refused_by_name(argument):
+def test_bad_values_are_rejected_by_name(argument):
     with pytest.raises(UserError, match=argument[2:].split('=')[0]):
         toy(argument)
 
 
 @pytest.mark.parametrize('line', ['size = True', 'size = 1.5', "size = 'x'", 'size = None', 'rate = True', "on = 'maybe'",
                                   'on = 2', 'name = 1', "kind = 'c'"])
-def test_bad_values_in_a_file_are_refused_by_name(config_file, line):
+def test_bad_values_in_a_file_are_rejected_by_name(config_file, line):
     with pytest.raises(UserError, match=line.split()[0]):
         toy(config_file(line))
 
@@ -127,13 +147,89 @@ def test_run_turns_a_user_error_into_one_line_and_exit_code_2(monkeypatch, capsy
     assert e.value.code == 2 and out == '' and err.count('\n') == 1 and err.startswith('toy.py: ')
 
 
-def test_help_shows_every_key_with_default_and_meaning():
+# ---------------------------------------------------------------------------------------------------------------------
+# what options declare of themselves
+
+@pytest.mark.parametrize('values', [
+    {}, {'share': 0.0}, {'share': 0.999}, {'scale': 1e-30}, {'scale': 2.0}, {'count': 10 ** 400}, {'limit': 2 ** 63 - 1},
+    {'steps': '7'}, {'rates': '1e-9,5'}, {'model_type': 'fancy', 'form': 'flat'}, {'model_type': 'fancy', 'time': '0.1'},
+    {'model_type': 'other', 'time': 'learned'}, {'model_type': 'fancy', 'time': 'learned', 'least': 0.0},
+    {'model_type': 'fancy', 'form': 'flat', 'noise': 1.0},
+    {'noise': 1.0},  # what it needs is no option of this type
+])
+def test_what_options_declare_allows(values):
+    assert {name: getattr(Rules(**values), name) for name in values} == values
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'count': 0}, 'count=0 must be at least 1'),
+    ({'limit': -1}, f'limit=-1 must be at least 0 and below {2 ** 63}'),
+    ({'limit': 2 ** 63}, f'limit={2 ** 63} must be at least 0 and below {2 ** 63}'),
+    ({'limit': 10 ** 400}, f'limit={10 ** 400} must be at least 0 and below {2 ** 63}'),
+    ({'share': 1.0}, 'share=1.0 must be at least 0 and below 1, and finite'),
+    ({'share': -1e-9}, 'share=-1e-09 must be at least 0 and below 1, and finite'),
+    ({'share': float('nan')}, 'share=nan must be at least 0 and below 1, and finite'),
+    ({'scale': 0.0}, 'scale=0.0 must be above 0 and at most 2, and finite'),
+    ({'scale': 2.1}, 'scale=2.1 must be above 0 and at most 2, and finite'),
+    ({'scale': float('-inf')}, 'scale=-inf must be above 0 and at most 2, and finite'),
+    ({'noise': float('inf')}, 'noise=inf must be at least 0, and finite'),
+    ({'model_type': 'strange'}, "model_type='strange' is not one of: plain, fancy, other"),
+    ({'form': 'flat'}, 'form is an option of model_type fancy, not of plain'),
+    ({'model_type': 'other', 'form': 'flat'}, 'form is an option of model_type fancy, not of other'),
+    ({'time': 'learned'}, 'time is an option of model_type fancy and other, not of plain'),
+    ({'model_type': 'fancy', 'form': 'oval'}, "form='oval' is not one of: round, flat"),
+    ({'model_type': 'fancy', 'time': 'long'}, "time='long' is neither a number nor one of: auto, learned"),
+    ({'model_type': 'fancy', 'time': '0.05'}, 'time=0.05 must be at least 0.1, and finite'),
+    ({'model_type': 'fancy', 'time': 'inf'}, 'time=inf must be at least 0.1, and finite'),
+    ({'model_type': 'fancy', 'least': 0.1}, 'least=0.1 has no effect without time=learned'),
+    ({'model_type': 'fancy', 'noise': 0.1}, 'noise=0.1 has no effect without form=flat'),
+    ({'steps': '1,x'}, "steps='1,x' must be whole numbers, separated by commas"),
+    ({'steps': '1.5'}, "steps='1.5' must be whole numbers, separated by commas"),
+    ({'steps': ''}, "steps='' must be whole numbers, separated by commas"),
+    ({'steps': '2,0'}, 'steps=0 must be at least 1'),
+    ({'rates': '1;2'}, "rates='1;2' must be numbers, separated by commas"),
+    ({'rates': '1,'}, "rates='1,' must be numbers, separated by commas"),
+    ({'rates': '1,0'}, 'rates=0.0 must be above 0, and finite'),
+    ({'rates': '1,nan'}, 'rates=nan must be above 0, and finite'),
+])
+def test_what_options_declare_forbids(values, message):
+    with pytest.raises(UserError) as e:
+        Rules(**values)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize('words, name, value', [
+    (['--time=3', '--model_type=other'], 'time', '3'), (['--steps=4'], 'steps', '4'), (['--rates=2,3'], 'rates', '2,3')])
+def test_numbers_in_text_from_the_command_line(words, name, value):
+    assert getattr(configure(words, Rules)[0], name) == value
+
+
+@pytest.mark.parametrize('line, name, value', [
+    ("time = 3; model_type = 'other'", 'time', '3'), ('steps = 4', 'steps', '4'), ('rates = 0.25', 'rates', '0.25')])
+def test_a_number_in_a_file_where_text_may_be_one(config_file, line, name, value):
+    assert getattr(configure([config_file(line)], Rules)[0], name) == value
+
+
+def test_stored_values_are_checked_as_those_of_the_command_line():
+    assert from_stored(Rules, {'count': 3, 'share': 0.25}, 'here are values') == Rules(count=3, share=0.25)
+    with pytest.raises(UserError, match='^here are values unknown here: a, b$'):
+        from_stored(Rules, {'b': 1, 'count': 3, 'a': 2}, 'here are values')
+    for wrong in ({'count': 'three'}, {'count': [3]}, {'share': None}, {'form': {}}, {'count': 0}, {'time': []}):
+        with pytest.raises(UserError, match=f'^{next(iter(wrong))}='):
+            from_stored(Rules, wrong, 'here are values')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scripts
+
+def test_help_shows_every_key_with_default_meaning_and_types():
     text = ' '.join(run_script('train.py', '--help').stdout.split())
     for cls in (train.TrainConfig, GPTConfig):
         for f in fields(cls):
             assert f.metadata['help'], f.name
             entry = re.search(rf'(?<!\[)--{f.name} (?:[A-Z]+|\[[A-Z]+\]) (.*?)(?= --\w|$)', text)[1]
-            assert entry.startswith(f.metadata['help']) and f'[{f.default!r}]' in entry, f.name
+            owners = ', '.join(f.metadata['types']) + ': ' if f.metadata['types'] else ''
+            assert entry.startswith(owners + f.metadata['help']) and f'[{f.default!r}]' in entry, f.name
             assert all(str(choice) in entry for choice in f.metadata['choices'] or ())
 
 
@@ -143,7 +239,7 @@ def test_mistakes_write_nothing(command_line, config_file, tmp_path, monkeypatch
                 ['--warmup_iters=3', '--warmup_ratio=0.1'], ['--warmup_iters=99'], ['--dataset=missing'],
                 ['--block_size=100000'], ['--device=warp'], ['--learning_rate=nan'], ['--num_epochs=inf'],
                 ['missing.py'], ['--init_from=missing'], ['--init_from=resume'], ['--model_type=gpt9'],
-                ['--seed=1e30']]
+                ['--seed=1e30'], ['--seed=' + '9' * 400]]
     for mistake in mistakes:
         monkeypatch.setattr('sys.argv', ['train.py', *command_line(), *mistake])
         with pytest.raises(SystemExit) as e:

@@ -18,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import prepare
 from nanodrift import corpus
+from nanodrift.data import load_meta
 from nanodrift.options import UserError
 from nanodrift.tokenizer import EOT_TEXT, tokenizer_from_meta, train_bpe
 
@@ -62,7 +63,7 @@ def write(path, data):
 
 def read_back(folder):
     """{split: the text that its ids stand for}, having checked that meta.json tells the truth."""
-    meta = prepare.load_meta(str(folder))
+    meta = load_meta(str(folder))
     tokenizer = tokenizer_from_meta(meta['tokenizer'])
     texts = {}
     for split, counts in meta['splits'].items():
@@ -144,7 +145,7 @@ def test_ids_are_those_of_whole_documents(inside, monkeypatch, tmp_path, tokeniz
     texts = ['x' + ''.join(rng.choice(atoms) for _ in range(rng.randrange(300))) + 'x' for _ in range(100)]
     folder = inside(input=write(tmp_path / 'in.txt', EOT_TEXT.join(texts)), tokenizer=tokenizer,
                     val_input=write(tmp_path / 'val.txt', 'validation'))
-    encoder = tokenizer_from_meta(prepare.load_meta(folder)['tokenizer'])
+    encoder = tokenizer_from_meta(load_meta(folder)['tokenizer'])
     expected = [i for text in texts for i in [*encoder.encoding.encode_ordinary(text), encoder.eot]]
     assert np.fromfile(folder / 'train.bin', '<u2').tolist() == expected
 
@@ -154,7 +155,7 @@ def test_one_line_of_megabytes(inside, tmp_path):
     text = ' '.join(rng.choice(['alpha', "it's", '42', '  ', 'naïve', '中文字', '🙂']) for _ in range(800_000))
     folder = inside(input=write(tmp_path / 'in.txt', text), val_input=write(tmp_path / 'val.txt', 'v'),
                     tokenizer='bpe:280')
-    encoder = tokenizer_from_meta(prepare.load_meta(folder)['tokenizer'])
+    encoder = tokenizer_from_meta(load_meta(folder)['tokenizer'])
     expected = encoder.encoding.encode_ordinary(text) + [encoder.eot]
     assert len(text) > 4 * corpus.PIECE
     assert np.array_equal(np.fromfile(folder / 'train.bin', '<u2'), expected)
@@ -168,7 +169,7 @@ def test_a_byte_order_mark_is_dropped(inside, tmp_path):
 def test_large_vocabularies_take_uint32(inside, tmp_path):
     text = ''.join(chr(i) for i in range(1, 70_000) if not 0xD800 <= i < 0xE000)
     folder = inside(input=write(tmp_path / 'in.txt', text), tokenizer='char')
-    assert prepare.load_meta(folder)['dtype'] == 'uint32'
+    assert load_meta(folder)['dtype'] == 'uint32'
     assert ''.join(documents(t)[0] for t in read_back(folder).values()) == text
 
 
@@ -205,7 +206,7 @@ def test_bpe_learns_from_training_text_alone(inside, tmp_path):
     train = 'the cat sat on the mat and looked about. ' * 40
     folder = inside(input=write(tmp_path / 'in.txt', train), val_input=write(tmp_path / 'val.txt', 'xyzzy ' * 1000),
                     tokenizer='bpe:270')
-    assert tokenizer_from_meta(prepare.load_meta(folder)['tokenizer']).identity == train_bpe(270, [train]).identity
+    assert tokenizer_from_meta(load_meta(folder)['tokenizer']).identity == train_bpe(270, [train]).identity
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_folder(inside, tmp_path):
     write(folder / 'latin.txt', b'caf\xe9')
     write(folder / 'binary.dat', b'\0\1\2')
     made = inside(input=str(folder), val_input=write(tmp_path / 'val.txt', 'v'), tokenizer='byte')
-    meta = prepare.load_meta(made)
+    meta = load_meta(made)
     assert read_back(made)['train'] == EOT_TEXT.join(['one', 'two', files['a/z.md'], files['b.py'], ''])
     assert meta['splits']['train']['documents'] == 4
     assert meta['source']['files'] == 4 and meta['source']['skipped_files'] == 2
@@ -473,9 +474,9 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
                 prepare.publish(new, old)
         if steps < 3:
             with pytest.raises(UserError, match='incomplete'):
-                prepare.load_meta(old)
+                load_meta(old)
         else:
-            prepare.load_meta(old)
+            load_meta(old)
             assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([1, 1])
 
 
@@ -489,16 +490,16 @@ def test_load_meta_names_the_command_and_what_exists(inside, tmp_path):
                           'wikitext-2_bpe512': 'prepare.py wikitext-2 --tokenizer=bpe:512`',
                           'mine': 'prepare.py --input=PATH --name=mine`'}.items():
         with pytest.raises(UserError) as e:
-            prepare.load_meta(tmp_path / 'data' / name)
+            load_meta(tmp_path / 'data' / name)
         assert command in str(e.value) and 'does not exist' in str(e.value)
         assert str(e.value).endswith('prepared so far: x_byte')
     for damage in (lambda: os.truncate(folder / 'val.bin', 8), lambda: os.remove(folder / 'train.bin'),
                    lambda: write(folder / 'meta.json', '{'), lambda: os.remove(folder / 'meta.json')):
-        prepare.load_meta(folder)
+        load_meta(folder)
         before = snapshot(folder)
         damage()
         with pytest.raises(UserError, match='incomplete'):
-            prepare.load_meta(folder)
+            load_meta(folder)
         for path, data in before.items():
             with open(path, 'wb') as f:
                 f.write(data)

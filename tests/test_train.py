@@ -659,6 +659,22 @@ def test_config_json_and_terminal(tiny, capsys):
     assert '64 tokens per iteration' in out and 'val loss' in out and 'tokens/s' in out
 
 
+@every_type
+def test_an_evaluation_is_a_short_line_on_the_terminal_and_whole_in_the_log(tiny, capsys, model_type):
+    trainer = Trainer(*tiny(model_type=model_type, max_iters=2, eval_interval=1), Ranks())
+    numbers, metric = trainer.evaluate('val'), trainer.objective.val_metric
+    trainer.train()
+    said = [line for line in capsys.readouterr().out.splitlines() if 'val loss' in line]
+    logged = [line for line in metrics(trainer.config.out_dir) if 'val_loss' in line]
+    assert len(said) == len(logged) == 3
+    likely = metric in ('loss', 'nelbo')
+    for line, written in zip(said, logged):
+        assert len(line) <= 100 - 8  # the rest is for more iterations and for losses above 10
+        assert f'train loss {written["train_loss"]:.4f}' in line
+        assert ('accuracy' in line) == ('bits per byte' in line) == likely and line.count('<=') == 2 * (metric == 'nelbo')
+        assert {f'val_{name}' for name in numbers if name != metric} <= set(written)
+
+
 def test_bits_per_byte(tiny, data_dir):
     config, model_config = tiny()
     train.train(config, model_config)
