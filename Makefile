@@ -38,7 +38,7 @@ $(PY) sample.py --out_dir=$(OUT)
 endef
 
 $(CORPUS): | $(VENV)/.installed
-	$(PY) prepare.py python --tokenizer=bpe:1024 --val_fraction=0.03 --data_dir=$(DATA)
+	$(PY) prepare.py python --tokenizer=bpe:1024 --data_dir=$(DATA)
 
 test: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -131,7 +131,7 @@ class Planned:
                   'log_interval': min(c.log_interval, often),
                   'eval_iters': min(c.eval_iters or batches, max(1, batches // evaluations))}
         if not c.warmup_ratio:
-            per_epoch = os.path.getsize(self.windows('train').file.name) / self.windows('train').dtype.itemsize
+            per_epoch = self.windows('train').tokens
             warmup = c.warmup_iters or round(c.warmup_epochs * per_epoch / self.tokens_per_iter)
             values |= {'warmup_epochs': 0, 'warmup_iters': min(warmup, max_iters // 10)}
         changed = [f'--{key}={value}' for key, value in values.items() if value != getattr(c, key)]

@@ -31,7 +31,7 @@ from rich.table import Table
 from model import load_model
 from nanodrift import huggingface, ngrams, quality
 from nanodrift.checkpoint import FILES
-from nanodrift.data import Stream, Windows, derive_seed, load_meta
+from nanodrift.data import Stream, Windows, derive_seed, load_meta, read_tokens
 from nanodrift.machine import DTYPES, Ranks, pick_dtype, setup_ranks
 from nanodrift.metrics import over_windows
 from nanodrift.objectives import NEXT_TOKEN
@@ -125,7 +125,7 @@ def xz_bits_per_byte(folder, meta, tokenizer):
     """What `xz -9` needs for a data set's validation text, without its end-of-text tokens; None where that is long."""
     if meta['splits']['val']['bytes'] > XZ_AT_MOST:
         return None
-    ids = np.fromfile(os.path.join(folder, 'val.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'))
+    ids = read_tokens(folder, 'val', meta)
     text = tokenizer.decode_bytes(ids[ids != meta['eot']].tolist())
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
@@ -196,7 +196,7 @@ def ways_to_draw(config, draw_config, entry):
 def held_out_halves(folder, meta, config):
     """Two sets of disjoint windows (num_samples, length) of the validation text: what samples are compared with, and what
     shows how close real text comes."""
-    tokens = np.fromfile(os.path.join(folder, 'val.bin'), dtype=meta['dtype']).astype(np.int64)
+    tokens = read_tokens(folder, 'val', meta)
     n = len(tokens) // config.length
     if n < 2 * config.num_samples:
         raise UserError(f'{folder} has validation text for {n // 2} samples of {config.length} tokens and as many to '
@@ -229,7 +229,7 @@ def sample_quality(config, draw_config, entries, judge, ranks):
     """{row: {name: number}} of samples of each model, each way of drawing from it."""
     folder, meta = data_of(config, entries[0])
     rng = np.random.default_rng(derive_seed(config.seed, Stream.FIRST_TOKENS))
-    first_tokens, drawn = ngrams.real(training_text(folder, meta), config.num_samples, 1, rng)[:, 0], {}
+    first_tokens, drawn = ngrams.real(read_tokens(folder, 'train', meta, NGRAM_TOKENS), config.num_samples, 1, rng)[:, 0], {}
     for entry in entries:
         for name, way in ways_to_draw(config, draw_config, entry).items():
             drawn[f'{entry.name} {name}'.strip()] = draw_samples(entry, config, way, first_tokens, ranks)
@@ -242,7 +242,8 @@ def sample_quality(config, draw_config, entries, judge, ranks):
 def reference_quality(config, entry, judge, ranks=ALONE):
     """{row: {name: number}} of real text, n-gram models and shuffled spans, which samples are to be compared with."""
     folder, meta = data_of(config, entry)
-    train, rng = training_text(folder, meta), np.random.default_rng(derive_seed(config.seed, Stream.REFERENCE_ROWS))
+    rng = np.random.default_rng(derive_seed(config.seed, Stream.REFERENCE_ROWS))
+    train = read_tokens(folder, 'train', meta, NGRAM_TOKENS)
     n, T = config.num_samples, config.length
     rows = {'real text': held_out_halves(folder, meta, config)[1]}
     rows |= {f'{n_}-grams': ngrams.from_ngrams(train, n_, n, T, rng) for n_ in (1, 2, 3)}
@@ -255,10 +256,6 @@ def describe(rows, config, entry, judge, ranks):
     mine = {row: quality.describe(rows[row], judged, config.seed) for row in list(rows)[ranks.rank::ranks.world_size]}
     all_ranks = {row: numbers for rank in ranks.gather(mine) for row, numbers in rank.items()}
     return {row: all_ranks[row] for row in rows}
-
-
-def training_text(folder, meta):
-    return np.fromfile(os.path.join(folder, 'train.bin'), dtype=meta['dtype'], count=NGRAM_TOKENS).astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -409,8 +409,7 @@ class DiffusionTime(nn.Module):
 
 def plain_score_statistics(q, k):
     """Of the scores q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2. q, k (N, T, D)."""
-    future = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT).float().masked_fill(future, -math.inf)
+    scores = (q @ k.mT).float().masked_fill(q.new_ones(q.size(1), k.size(1)).triu(1).bool(), -math.inf)
     return scores.amax(-1), scores.softmax(-1).square().sum(-1)
 
 
@@ -582,7 +581,7 @@ class EncodedGPT(GPT):
     """What types with a frozen encoder share: it goes where the model goes, and must fit."""
 
     def __init__(self, config, encoder=None):
-        drifting.check_encoder(encoder, config)
+        drifting.freeze_encoder(encoder, config)
         super().__init__(config, encoder)
 
     @property

@@ -33,8 +33,7 @@ from functools import partial
 import numpy as np
 
 from nanodrift import corpus
-from nanodrift.corpus import make_source, split_stream
-from nanodrift.data import DATASETS
+from nanodrift.corpus import DATASETS, make_source, split_stream
 from nanodrift.options import UserError, configure, one_of, option, run
 from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec, write_atomically
 

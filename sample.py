@@ -18,7 +18,7 @@ from model import load_model
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
-from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
+from nanodrift.machine import DTYPES, autocast, pick_device, pick_sampling_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
 from nanodrift.tokenizer import tokenizer_from_meta
 
@@ -147,7 +147,7 @@ def main(argv):
     values, _ = read_values(argv, SampleConfig, description=__doc__)
     config, = build(values, SampleConfig)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device) if config.dtype != 'auto' or device.type != 'cpu' else 'float32'
+    dtype = pick_sampling_dtype(config.dtype, device)
     model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     if model.config.model_type == 'drifting':

@@ -1,5 +1,5 @@
 # The demo of masked refinement: the Python standard library's source on a CPU
-#   make demo MODEL=diffusion     or     python prepare.py python --tokenizer=bpe:1024 --val_fraction=0.03
+#   make demo MODEL=diffusion     or     python prepare.py python --tokenizer=bpe:1024
 #                                        python train.py config/train_diffusion_python.py
 # Neither its time nor its loss has been measured; the rate is not tuned.
 out_dir = 'out-diffusion'

@@ -1,5 +1,5 @@
 # One-step generation of the Python standard library's source on a CPU, in the features of the demo's gpt2 model
-#   make demo MODEL=drifting     or     python prepare.py python --tokenizer=bpe:1024 --val_fraction=0.03
+#   make demo MODEL=drifting     or     python prepare.py python --tokenizer=bpe:1024
 #                                       python train.py config/train_python.py --out_dir=out-demo
 #                                       python train.py config/train_drifting_python.py
 # val_loss (divergence of 2-grams from real text) 0.703, where other real text has 0.218: 2.5 minutes on 2 cores with

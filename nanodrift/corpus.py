@@ -26,11 +26,13 @@ PIECE = 1 << 18             # bytes read at a time, and about the characters tha
 KEY = 1 << 14               # the characters at the start of a document that choose its split
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-HUB = {     # dataset: repository and configuration on the Hugging Face hub, with official splits
-    'tinystories': ('roneneldan/TinyStories', 'default'),
-    'wikitext-2': ('Salesforce/wikitext', 'wikitext-2-raw-v1'),
-    'wikitext-103': ('Salesforce/wikitext', 'wikitext-103-raw-v1'),
+HUB = {     # dataset: repository and configuration on the Hugging Face hub, with official splits; one document per row, or
+            # WikiText's lines, which are joined to articles
+    'tinystories': ('roneneldan/TinyStories', 'default', 'rows'),
+    'wikitext-2': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'articles'),
+    'wikitext-103': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'articles'),
 }
+DATASETS = ('python', *HUB, 'shakespeare')  # that prepare.py knows by name
 OFFLINE = '`python prepare.py python` and --input=PATH work offline'
 
 # An article's title in WikiText is ` = Title = `; its sections are ` = = Section = = ` and deeper.
@@ -224,7 +226,7 @@ def hub_is_reachable():
 def hub_rows(dataset, split, data_dir):
     """A function that starts a new stream of the rows of an official split: from parquet files put in data/raw, from
     the cache of `datasets`, or downloaded. Raises UserError where none of these can be had."""
-    repository, configuration = HUB[dataset]
+    repository, configuration, _ = HUB[dataset]
     folder = os.path.join(data_dir, 'raw', dataset)
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}*.parquet')))
     if paths:
@@ -243,8 +245,9 @@ def hub_rows(dataset, split, data_dir):
 
 def hub_source(dataset, data_dir):
     train, val = (hub_rows(dataset, split, data_dir) for split in ('train', 'validation'))
-    documents = rows_to_documents if dataset == 'tinystories' else rows_to_articles
-    return Source({'dataset': dataset, 'hub': HUB[dataset][0], 'configuration': HUB[dataset][1]},
+    repository, configuration, unit = HUB[dataset]
+    documents = {'rows': rows_to_documents, 'articles': rows_to_articles}[unit]
+    return Source({'dataset': dataset, 'hub': repository, 'configuration': configuration},
                   lambda: documents(train()), lambda: documents(val()))
 
 

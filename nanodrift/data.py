@@ -14,10 +14,10 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from nanodrift.corpus import DATASETS
 from nanodrift.options import UserError, one_of
 
 ORDERS = ('epoch', 'random')
-DATASETS = ('python', 'tinystories', 'wikitext-2', 'wikitext-103', 'shakespeare')  # that prepare.py knows by name
 
 
 class Stream(IntEnum):
@@ -32,6 +32,7 @@ class Stream(IntEnum):
     FIRST_TOKENS = 8     # that samples of causal models go on from
     DRIFT_TARGETS = 9    # positions and prefix lengths of an iteration of drifting
     SHOWN_TEXTS = 10     # samples in a report
+    # of experiments/, where numbers may repeat: no seed is used for both
     REPLACED_TOKENS = 9  # of experiments/repair_accuracy.py
     POINTS = 8           # of experiments/drifting_2d.py: its training
     MEASURED_POINTS = 9  # and its measurement
@@ -125,6 +126,12 @@ class Windows:
         """Offsets of `count` windows, or of all if there are fewer, spread evenly over the file and always the same."""
         count = min(count, len(self))
         return np.linspace(0, len(self) - 1, count).round().astype(np.int64) * self.stride
+
+
+def read_tokens(folder, split, meta, count=-1):
+    """The first `count` token ids of a split, or all of them, as an int64 array."""
+    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+    return np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=dtype, count=count).astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanodrift import ngrams
-from nanodrift.kernels import LOGITS_PER_CHUNK
+from nanodrift.kernels import rows_per_chunk
 from nanodrift.machine import exact
 from nanodrift.metrics import Mean, Rows
 from nanodrift.options import UserError, split_numbers
@@ -172,14 +172,14 @@ def expected_embedding(x, embedding, logits_of):
     time and not kept for the backward pass, since the logits of all would be large."""
     def mean(chunk):
         return logits_of(chunk).float().softmax(-1).to(embedding.dtype) @ embedding
-    rows = max(1, LOGITS_PER_CHUNK // len(embedding))
-    return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in x.split(rows)])
+    chunks = x.split(rows_per_chunk(len(embedding)))
+    return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in chunks])
 
 
 @torch.no_grad()
 def argmax_embedding(x, embedding, logits_of):
     """The embeddings (B, T, C) of the largest logits of outputs x (B, T, C)."""
-    chunks = x.flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(embedding)))
+    chunks = x.flatten(0, 1).split(rows_per_chunk(len(embedding)))
     return embedding[torch.cat([logits_of(chunk).argmax(-1) for chunk in chunks])].view(x.shape)
 
 
@@ -208,7 +208,7 @@ def nearest(x, vocabulary, draw=None):
     these; with `draw`, cosines (N, V) -> ids (N,), which runs on the CPU, those of the ids that it gives."""
     vocabulary = F.normalize(vocabulary.float(), dim=-1)
     chunks = []
-    for chunk in F.normalize(x.float(), dim=-1).flatten(0, 1).split(max(1, LOGITS_PER_CHUNK // len(vocabulary))):
+    for chunk in F.normalize(x.float(), dim=-1).flatten(0, 1).split(rows_per_chunk(len(vocabulary))):
         with exact(x.device):
             cosines = chunk @ vocabulary.t()
         ids = cosines.argmax(-1) if draw is None else draw(cosines.cpu()).to(x.device)
@@ -216,7 +216,7 @@ def nearest(x, vocabulary, draw=None):
     return [torch.cat(pieces).view(x.shape[:2]) for pieces in zip(*chunks)]
 
 
-def check_encoder(encoder, config):
+def freeze_encoder(encoder, config):
     """Freezes the encoder of a model of this GPTConfig. Raises UserError where it does not fit."""
     if encoder is None:
         assert not config.has_encoder, 'this type needs GPT(config, encoder): see load_encoder'

@@ -28,6 +28,11 @@ PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding ne
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
 
+def rows_per_chunk(columns):
+    """How many rows of so many logits are held at once."""
+    return max(1, LOGITS_PER_CHUNK // columns)
+
+
 def padded_vocab_size(vocab_size):
     """Rows of the embedding matrix for so many ids."""
     return math.ceil(vocab_size / PAD_VOCAB_TO) * PAD_VOCAB_TO
@@ -76,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None; for flag see
         `cross_entropy`."""
         N, Vp = len(x), len(weight)
-        n = min(N, max(1, LOGITS_PER_CHUNK // Vp))
+        n = min(N, rows_per_chunk(Vp))
         W = weight.to(x.dtype)
         w = (targets != IGNORE).float()
         if weights is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanodrift.data import Stream, derive_seed
-from nanodrift.kernels import IGNORE, LOGITS_PER_CHUNK
+from nanodrift.kernels import IGNORE, rows_per_chunk
 from nanodrift.machine import autocast
 
 CALIBRATION_BINS = 15
@@ -145,7 +145,7 @@ def calibrated_predictions(logits, targets):
 
 def over_chunks(model, x, targets, measure):
     """What `measure(logits, targets)` finds in the logits of hidden states x (..., C), which are never held all at once."""
-    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    rows = rows_per_chunk(model.config.vocab_size)
     chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
     return combine([measure(model.head(chunk), y) for chunk, y in chunks])
 

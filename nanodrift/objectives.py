@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanodrift import drifting
-from nanodrift.kernels import IGNORE, LOGITS_PER_CHUNK, cross_entropy, linear_cross_entropy
+from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy, rows_per_chunk
 from nanodrift.metrics import Calibration, Mean, Rows, calibrated_predictions, over_chunks, predictions, summarize
 
 
@@ -198,7 +198,7 @@ def diffusion_loss_function(logits, targets, inputs, mask_token_id, penalty_keep
 
 def losses_and_argmax(model, x, targets, columns):
     """Cross entropy and argmax, (N,) each, of hidden states x (N, C) against targets (N,), over so many logits."""
-    rows = max(1, LOGITS_PER_CHUNK // columns)
+    rows = rows_per_chunk(columns)
     chunks = []
     for chunk, y in zip(x.split(rows), targets.split(rows)):
         logits = model.head(chunk)[:, :columns].float()

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from nanodrift.kernels import LOGITS_PER_CHUNK
+from nanodrift.kernels import rows_per_chunk
 from nanodrift.machine import exact
 from nanodrift.options import UserError, check_options, option
 from nanodrift.sampling import gumbel_draw
@@ -47,9 +47,9 @@ class RefineConfig:
 
     def __post_init__(self):
         check_options(self)
-        if REMASKS[self.remask].remdm and self.strategy != 'ancestral':
+        if REMASKS[self.remask].compensated and self.strategy != 'ancestral':
             raise UserError(f'remask={self.remask} is defined together with --strategy=ancestral only, not {self.strategy}')
-        if self.eta >= 0 and not REMASKS[self.remask].remdm:
+        if self.eta >= 0 and not REMASKS[self.remask].compensated:
             raise UserError(f'eta={self.eta} is for --remask=remdm-cap, -rescale, -conf or -loop, not {self.remask}')
         if self.remask == 'flag' and self.strategy == 'naive':
             raise UserError('strategy=naive never looks at what it has committed: --remask=flag needs another strategy')
@@ -138,19 +138,19 @@ def _refine(trunk, head, ids, mask, config, rng, use_cache):
 def next_moment(canvas, committed, number, steps, config, rng):
     """The Moment of step `number` of `steps`, for the committed positions (B, T) of a block."""
     t, s = 1 - number / steps, 1 - (number + 1) / steps
-    remask, nothing = REMASKS[config.remask], torch.zeros_like(canvas.confidence)
+    remask, zero = REMASKS[config.remask], torch.zeros_like(canvas.confidence)
     alpha_t, alpha_s = remask.alphas(t), remask.alphas(s)
     eta = remask.eta if config.eta < 0 else config.eta
     reopen = remask.probability(canvas, committed, config, t, s, alpha_t, alpha_s, eta)
-    u = nothing
+    u = zero
     if config.strategy == 'ancestral':
         u = torch.rand(committed.shape, generator=rng, dtype=torch.float64, device=committed.device)
-    return Moment(number, steps, alpha_t, alpha_s, reopen, reopen if remask.remdm else nothing, u)
+    return Moment(number, steps, alpha_t, alpha_s, reopen, reopen if remask.compensated else zero, u)
 
 
 def may_revise(config, changed):
     """Whether another step can open something again, where nothing is open now."""
-    return REMASKS[config.remask].remdm or (config.remask == 'flag' and changed)
+    return REMASKS[config.remask].compensated or (config.remask == 'flag' and changed)
 
 
 def split_blocks(free, length):
@@ -198,7 +198,7 @@ class Canvas:
             self.hidden[rows] = states
             self.known |= rows
             self.passes += rows
-        for chunk in self.hidden[where].split(max(1, LOGITS_PER_CHUNK // (self.mask + 1))):
+        for chunk in self.hidden[where].split(rows_per_chunk(self.mask + 1)):
             with exact(chunk.device):  # bfloat16 would round the tail away that the noise is drawn in float64 for
                 logits = self.head(chunk.float()).double()
             yield logits
@@ -262,7 +262,7 @@ def ancestral(canvas, block, moment, config, rng):
     fill(canvas, canvas.open(block) & (moment.u < share), config, rng)
 
 
-def equal_share(open_, moment):
+def equal_count(open_, moment):
     """How many (B,) of the open positions (B, T) a step commits: what is over goes to the first steps."""
     left = moment.steps - moment.number
     return (open_.sum(1) + left - 1) // left
@@ -272,7 +272,7 @@ def at_random(canvas, block, moment, config, rng):
     """Commits an equal share of the open positions, anywhere."""
     where = canvas.open(block)
     scores = torch.rand(where.shape, generator=rng, dtype=torch.float64, device=where.device)
-    fill(canvas, top_positions(scores, where, equal_share(where, moment)), config, rng)
+    fill(canvas, top_positions(scores, where, equal_count(where, moment)), config, rng)
 
 
 def by_score(canvas, block, moment, config, rng, score):
@@ -281,7 +281,7 @@ def by_score(canvas, block, moment, config, rng, score):
     if not where.any():
         return
     ids, confidence, scores = canvas.predict(where, config, rng, score)
-    chosen = top_positions(at_positions(where, scores, -math.inf), where, equal_share(where, moment))
+    chosen = top_positions(at_positions(where, scores, -math.inf), where, equal_count(where, moment))
     canvas.commit(chosen, ids[chosen[where]], confidence[chosen[where]])
 
 
@@ -331,7 +331,7 @@ class Remask:
     alone). alphas: time -> what share is committed by then. eta: how much is opened where --eta does not say.
     """
     probability: Callable
-    remdm: bool = False
+    compensated: bool = False
     alphas: Callable = lambda t: 1 - t
     eta: float = 0.0
 
@@ -385,8 +385,8 @@ def loop_alphas(t):
 REMASKS |= {  # eta as published
     'none': Remask(nothing),
     'flag': Remask(flag),
-    'remdm-cap': Remask(capped, remdm=True, eta=0.04),
-    'remdm-rescale': Remask(rescaled, remdm=True, eta=0.015),
-    'remdm-conf': Remask(by_confidence, remdm=True, eta=1.0),
-    'remdm-loop': Remask(looped, remdm=True, eta=0.02, alphas=loop_alphas),
+    'remdm-cap': Remask(capped, compensated=True, eta=0.04),
+    'remdm-rescale': Remask(rescaled, compensated=True, eta=0.015),
+    'remdm-conf': Remask(by_confidence, compensated=True, eta=1.0),
+    'remdm-loop': Remask(looped, compensated=True, eta=0.02, alphas=loop_alphas),
 }

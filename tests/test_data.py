@@ -1,12 +1,14 @@
 import json
+import os
 import resource
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from nanodrift.data import Windows, derive_seed, permute
+from nanodrift.data import Stream, Windows, derive_seed, load_meta, permute
 from nanodrift.machine import Ranks
 from nanodrift.options import UserError
 
@@ -44,6 +46,16 @@ def test_derived_seeds_differ():
     seeds = {derive_seed(a, b) for a in range(50) for b in range(50)}
     assert len(seeds) == 2500 and all(0 <= s < 2 ** 63 for s in seeds)
     assert derive_seed(-1) == derive_seed(2 ** 64 - 1)
+
+
+def test_the_numbers_of_the_streams_never_change():
+    """Checkpoints go on with them, and tables were made with them."""
+    numbers = {name: int(stream) for name, stream in Stream.__members__.items()}
+    assert numbers == {
+        'RANDOM_WINDOWS': 1, 'EPOCH_ORDER': 2, 'TRAIN_BATCH': 3, 'EVAL_BATCH': 4, 'SAMPLES': 5, 'HELD_OUT': 6,
+        'REFERENCE_ROWS': 7, 'FIRST_TOKENS': 8, 'DRIFT_TARGETS': 9, 'SHOWN_TEXTS': 10, 'REPLACED_TOKENS': 9, 'POINTS': 8,
+        'MEASURED_POINTS': 9}
+    assert derive_seed(Stream.EVAL_BATCH, 7) == derive_seed(4, 7) == 2427256687203335661
 
 
 @pytest.mark.parametrize('stride', [1, 3, 10])
@@ -155,3 +167,25 @@ def test_a_vocabulary_beyond_uint16(tiny, tmp_path):
 def test_text_too_short_for_the_block(tiny):
     with pytest.raises(UserError, match='val.bin .*block_size'):
         train.train(*tiny(block_size=1000))
+
+
+def test_load_meta_names_the_command_and_what_exists(data_dir, tmp_path):
+    folder = tmp_path / 'data' / 'x_byte'
+    shutil.copytree(f'{data_dir}/tiny_byte', folder)
+    for name, command in {'tinystories': 'prepare.py tinystories`',
+                          'shakespeare_char': 'prepare.py shakespeare --tokenizer=char`',
+                          'wikitext-2_bpe512': 'prepare.py wikitext-2 --tokenizer=bpe:512`',
+                          'mine': 'prepare.py --input=PATH --name=mine`'}.items():
+        with pytest.raises(UserError) as e:
+            load_meta(tmp_path / 'data' / name)
+        assert command in str(e.value) and 'does not exist' in str(e.value)
+        assert str(e.value).endswith('prepared so far: x_byte')
+    for damage in (lambda: os.truncate(folder / 'val.bin', 8), lambda: os.remove(folder / 'train.bin'),
+                   lambda: (folder / 'meta.json').write_text('{'), lambda: os.remove(folder / 'meta.json')):
+        load_meta(folder)
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        damage()
+        with pytest.raises(UserError, match='incomplete'):
+            load_meta(folder)
+        for path, content in before.items():
+            path.write_bytes(content)

@@ -39,7 +39,8 @@ def make_demo(*variables):
 
 @pytest.mark.parametrize('model, wanted', [
     ('gpt2', ['train.py', 'evaluate.py', 'sample.py']), ('heat', ['train.py', 'evaluate.py', 'sample.py']),
-    ('diffusion', ['train.py', 'evaluate.py', 'generate_diffusion.py']), ('drifting', ['train.py', 'train.py', 'sample.py'])])
+    ('diffusion', ['train.py', 'evaluate.py', 'generate_diffusion.py']),
+    ('drifting', ['train.py', 'train.py', 'sample.py'])])
 def test_the_demo_of_a_type_ends_in_text(tmp_path, data_dir, model, wanted):
     said, commands = make_demo(f'MODEL={model}', f'DATA={data_dir}', f'OUT={tmp_path}/out', f'ARGS={SMALL}')
     assert commands == wanted

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_model import make
 
-from nanodrift import metrics
+from nanodrift import kernels, metrics
 from nanodrift.data import Stream, derive_seed
 from nanodrift.kernels import IGNORE
 from nanodrift.machine import Ranks
@@ -156,7 +156,7 @@ def test_chunks_give_what_all_logits_give(monkeypatch):
         return calibrated_predictions(logits, y)
     with torch.no_grad():
         whole = summarize(over_chunks(model, x, targets, measured))
-        monkeypatch.setattr(metrics, 'LOGITS_PER_CHUNK', 5 * model.config.vocab_size + 3)
+        monkeypatch.setattr(kernels, 'LOGITS_PER_CHUNK', 5 * model.config.vocab_size + 3)
         chunked = summarize(over_chunks(model, x, targets, measured))
     assert sizes == [21, 5, 5, 5, 5, 1]
     assert chunked.pop('bins') == [pytest.approx(row) for row in whole.pop('bins')] and chunked == pytest.approx(whole)

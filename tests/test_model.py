@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
-from nanodrift import checkpoint, huggingface, metrics
+from nanodrift import checkpoint, huggingface, kernels
 from nanodrift.kernels import IGNORE
 from nanodrift.options import UserError
 from nanodrift.sampling import sample_logits
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_and_compilation_change_nothing():
 
 @torch.no_grad()
 def test_metrics_are_those_of_the_logits(monkeypatch):
-    monkeypatch.setattr(metrics, 'LOGITS_PER_CHUNK', 700)  # several chunks
+    monkeypatch.setattr(kernels, 'LOGITS_PER_CHUNK', 700)  # several chunks
     model = make()
     idx, y = tokens(2, 32), tokens(2, 32, seed=2)
     y[0, :5] = IGNORE

@@ -481,29 +481,7 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# load_meta, memory
-
-def test_load_meta_names_the_command_and_what_exists(inside, tmp_path):
-    folder = inside(input=write(tmp_path / 'in.txt', 'text ' * 100), tokenizer='byte')
-    for name, command in {'tinystories': 'prepare.py tinystories`',
-                          'shakespeare_char': 'prepare.py shakespeare --tokenizer=char`',
-                          'wikitext-2_bpe512': 'prepare.py wikitext-2 --tokenizer=bpe:512`',
-                          'mine': 'prepare.py --input=PATH --name=mine`'}.items():
-        with pytest.raises(UserError) as e:
-            load_meta(tmp_path / 'data' / name)
-        assert command in str(e.value) and 'does not exist' in str(e.value)
-        assert str(e.value).endswith('prepared so far: x_byte')
-    for damage in (lambda: os.truncate(folder / 'val.bin', 8), lambda: os.remove(folder / 'train.bin'),
-                   lambda: write(folder / 'meta.json', '{'), lambda: os.remove(folder / 'meta.json')):
-        load_meta(folder)
-        before = snapshot(folder)
-        damage()
-        with pytest.raises(UserError, match='incomplete'):
-            load_meta(folder)
-        for path, data in before.items():
-            with open(path, 'wb') as f:
-                f.write(data)
-
+# memory
 
 PEAK = '''
 import runpy, sys

@@ -44,7 +44,7 @@ def config_of(strategy, remask='none', **options):
 def test_the_strategies_and_what_is_opened_again_are_those_documented():
     assert list(ORDERS) == ['naive', 'ancestral', 'confidence', 'entropy', 'margin', 'random', 'threshold']
     assert list(REMASKS) == ['none', 'flag', 'remdm-cap', 'remdm-rescale', 'remdm-conf', 'remdm-loop']
-    assert [name for name, remask in REMASKS.items() if remask.remdm] == REMDM
+    assert [name for name, remask in REMASKS.items() if remask.compensated] == REMDM
     assert {r: REMASKS[r].eta for r in REMDM} == {'remdm-cap': 0.04, 'remdm-rescale': 0.015, 'remdm-conf': 1.0,
                                                   'remdm-loop': 0.02}  # as published
 
