@@ -1,6 +1,6 @@
 """
-Every model type of nanoDrift in one file: GPT-2 first, from top to bottom, then a room for each other type, which says what
-it changes; at the end the table that `model_type` is looked up in.
+All model types in one file: GPT-2 first, then one section per type with only what it changes. The table TYPES at the end
+maps `model_type` to classes.
 
 Three words mean several things in this field, and here:
 diffusion   the Gaussian noise of `dd`; the time t of `heat` (its "diffusion time"); masking in model_type `diffusion`
@@ -8,8 +8,8 @@ drift       the parameter d of `dd`; the field that `drifting` learns from; "tok
 time        t of `heat`; the noise level of masked diffusion, from 1 (all masked) to 0
 
 Names and shapes are GPT-2's (Radford et al. 2019; https://github.com/openai/gpt-2/blob/master/src/model.py). In comments
-B is the batch, T the sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size. `published=True` gives a type as it was
-published where the default repairs a flaw of it.
+B is the batch, T the sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size. `published=True` selects the published
+form of a type, including the flaw that the default corrects.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -28,7 +28,7 @@ from nanodrift.sampling import sample_logits
 
 TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
-# these have two dimensions or more, and yet are no matrices that weight decay is for
+# parameters of two or more dimensions that must not decay
 NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
 ADAPTIVE, DRIFT = {'heat_t': 'adaptive'}, {'diffusion_objective': 'drift'}  # what some options need
 REPAIR = {'types': 'diffusion', 'at_least': 0, 'needs': {'diffusion_objective': 'repair'}}
@@ -48,7 +48,7 @@ class GPTConfig:
     n_inner: int = option(0, 'channels inside the MLP; 0 means 4 * n_embd', at_least=0)
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data', at_least=0, below=1)
     bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster, but not for diffusion')
-    published: bool = option(False, 'as published, its look into the future included', types=('dd', 'heat', 'duo'))
+    published: bool = option(False, 'the published form; adaptive heat and duo see the future', types=('dd', 'heat', 'duo'))
 
     # dd: the drift on the output y of attention, and the noise
     apply_drift: bool = option(True, 'y + d * y on the output y of attention, d learned', types='dd')
@@ -86,12 +86,12 @@ class GPTConfig:
     drift_temperatures: str = option(drifting.DEFAULT_TEMPERATURES, 'temperatures of the field, in mean distances', **FIELD,
                                      items=float, at_least=drifting.LEAST_TEMPERATURE)
     drift_floor: float = option(drifting.AFFINITY_FLOOR, 'least affinity of two samples; 0 for many', **FIELD, at_least=0)
-    drift_output: str = option('embedding', 'an embedding for each position; a mean of those there are; or that of the '
-                               'argmax, with the gradient of the mean', ('embedding', 'soft', 'straight'), types='drifting')
+    drift_output: str = option('embedding', "outputs: any embedding; a softmax-weighted mean of the vocabulary's; or the "
+                               "argmax with that mean's gradient", ('embedding', 'soft', 'straight'), types='drifting')
     drift_look: float = option(0.0, 'local-attention initialisation: how strongly heads prefer neighbouring positions at '
                                'first; 20 is almost nothing else', types='drifting', at_least=0)
-    drift_prefix: int = option(0, 'text starts with up to so many given tokens', types='drifting', at_least=0)
-    drift_positives: int = option(0, 'real examples beyond as many as are generated', types='drifting', at_least=0)
+    drift_prefix: int = option(0, 'train with given prefixes of 0 to this many tokens', types='drifting', at_least=0)
+    drift_positives: int = option(0, 'additional real examples per micro-batch', types='drifting', at_least=0)
 
     def __post_init__(self):
         check_options(self)
@@ -113,7 +113,7 @@ class GPTConfig:
 
     @property
     def causal(self):
-        """Whether a later token changes nothing of an earlier one: diffusion and published adaptive heat look ahead."""
+        """Whether outputs never depend on later tokens; false for diffusion, drifting and published adaptive heat."""
         return self.model_type not in ('diffusion', 'drifting') and not (self.published and self.heat_t == 'adaptive')
 
     @property
@@ -132,14 +132,16 @@ class GPTConfig:
 
 class Attention(nn.Module):
     """Multi-head attention. Other types override `attend`, and keep the names of the parameters."""
-    causal = True
+    causal = True  # diffusion sets False
 
     def __init__(self, config, layer):
         super().__init__()
+        # layer: this block's index in the KV cache
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
+        # Linear is nn.Linear, whose product generation may replace (kernels.py)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads in one product
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.c_proj.ends_residual = True
+        self.c_proj.ends_residual = True  # read by GPT._init_weights
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C)."""
@@ -150,10 +152,11 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q, k, v, cache=None, scale=None):
-        """q, k, v (B, H, T, D) -> (B, H, T, D): each position attends to itself and to what comes before it."""
+        """q, k, v (B, H, T, D) -> (B, H, T, D): each position attends to itself and to what comes before it. scale: factor
+        of the scores, None for 1 / sqrt(D)."""
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # a single query is that of the last position, which may see everything
+        # is_causal assumes as many queries as keys; a single query from the cache may see all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
                                               is_causal=self.causal and q.size(2) > 1, scale=scale)
 
@@ -172,11 +175,12 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
+    """Pre-norm: attention and MLP each read a normalised copy and add to the residual stream x (B, T, C)."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = TYPES[config.model_type].attention(config, layer)
+        self.attn = TYPES[config.model_type].attention(config, layer)  # TYPES is filled at the end of the file
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -187,21 +191,24 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, and what all model types share. `GPT(config)` is a model of the class that TYPES has for config.model_type;
-    `encoder` is the trained gpt2 model that types with config.has_encoder compare text in."""
+    """GPT-2, and what all model types share. `GPT(config)` makes a model of the class that TYPES has for config.model_type.
+    `encoder`: a trained gpt2 model, in whose features types with config.has_encoder compare text."""
 
     def __new__(cls, config=None, encoder=None):
+        # config is None when a model is copied or unpickled
         return super().__new__(cls if config is None else TYPES[config.model_type].model)
 
     def __init__(self, config, encoder=None):
         super().__init__()
         self.config, self.objective = config, TYPES[config.model_type].objective(config)
-        # an encoder is frozen and someone else's: neither among the parameters nor in the state dict
+        # bypass nn.Module: the encoder is frozen, so it is kept out of parameters() and state_dict()
         object.__setattr__(self, 'encoder', encoder)
-        self.layers = self.build(config)  # what the trunk runs through, a plain list: its parameters are in h already
+        # the modules that trunk runs, in order; not registered again, since h holds their parameters
+        self.layers = self.build(config)
         self.apply(self._init_weights)
 
     def build(self, config):
+        # rounded up for fast matrix products; the padding is cut off the logits
         padded = padded_vocab_size(config.vocab_size + config.mask_tokens)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd),
@@ -214,8 +221,8 @@ class GPT(nn.Module):
         return list(self.transformer.h)
 
     def _init_weights(self, module):
-        """GPT-2: N(0, 0.02), and 1/sqrt(2L) of that where a branch ends in the residual stream. A module that starts in
-        another way has a `start` of its own, which is called once its parts are initialised."""
+        """Normal with standard deviation 0.02, divided by sqrt(2L) where a branch ends in the residual stream (GPT-2).
+        Modules with a `start` method initialise themselves after their children."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             branches = 2 * self.config.n_layer if getattr(module, 'ends_residual', False) else 1
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(branches))
@@ -228,13 +235,13 @@ class GPT(nn.Module):
         """
         idx, targets, weights (B, T) -> logits, loss.
 
-        With targets the logits are those of every position, (B, T, n_logits); return_logits=False leaves them None and is
-        faster by far where the vocabulary is large. Without targets: logits of the last position, (B, 1, n_logits), and
-        None.
+        With targets: logits of every position, (B, T, n_logits); return_logits=False leaves them None and is faster by far
+        where the vocabulary is large. Without targets: logits of the last position, (B, 1, n_logits), and None.
+        trunk_options: for subclasses, such as `fill` of duo.
         """
         x, n_logits = self.trunk(idx, **trunk_options), self.config.n_logits
         if targets is None:
-            return self.lm_head(x[:, [-1]])[..., :n_logits], None  # the padding cut off
+            return self.lm_head(x[:, [-1]])[..., :n_logits], None  # [-1] in a list keeps the dimension
         if return_logits:
             logits = self.lm_head(x)[..., :n_logits]
             return logits, self.objective.loss(logits, targets, weights)
@@ -247,7 +254,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.layers:
-            # a step with a cache is never compiled, which calling `forward` passes by: its lengths change every time
+            # block.forward bypasses torch.compile, which would recompile for every cache length
             x = block(x) if cache is None else block.forward(x, cache)
         if cache is not None:
             cache.length += T
@@ -261,8 +268,8 @@ class GPT(nn.Module):
         """
         Yields max_new_tokens columns (B,) of sampled ids that continue idx (B, T).
 
-        Up to block_size positions are read from a cache. Past it the window slides by one, every position changes, and
-        so each step reads the last block_size tokens anew: the same function as nanoGPT's cropping.
+        Up to block_size positions use a KV cache. After that the window slides, all positions change, and each step
+        recomputes the last block_size tokens, as nanoGPT does.
         """
         block_size = self.config.block_size
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
@@ -271,27 +278,28 @@ class GPT(nn.Module):
         cache = None
         if use_cache and self.config.causal:
             cache = kernels.KVCache(self, len(idx), min(block_size, idx.size(1) + max_new_tokens))
-        fresh = idx
+        fresh = idx  # tokens not yet in the cache: first the prompt, then one token
         for _ in range(max_new_tokens):
             if cache is not None and cache.length + fresh.size(1) > block_size:
-                cache = None
+                cache = None  # the window is full: from here on recompute it
             with torch.inference_mode(), kernels.packed_weights(packed):
                 x = self.trunk(fresh if cache is not None else idx[:, -block_size:], cache)
                 column = sample_logits(self.head(x[:, -1]), temperature, top_k, top_p, rng)  # (B,)
-            fresh = column.clone()[:, None]  # an ordinary tensor: one of inference mode may not meet autograd
+            fresh = column.clone()[:, None]  # a normal tensor: inference tensors cannot be used in autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
             yield fresh[:, 0]
 
     def compile_blocks(self):
-        """torch.compile, block by block: one block is compiled and its code serves all of them, so that it takes
-        seconds where the whole model takes a minute, and the head stays free to work in chunks."""
+        """torch.compile, block by block: the compiled code of one block serves all of them. This takes seconds, where the
+        whole model takes a minute, and the head can still work in chunks."""
         if self.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
             torch._inductor.config.fallback_random = True
         for block in self.layers:
-            block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
+            block.compile(dynamic=False)  # few shapes occur, and code for a fixed shape is faster
 
     def recompute_blocks(self):
         """Gradient checkpointing: less memory, slower."""
+        # wrappers, not modules: parameter names stay
         self.layers = [kernels.Recomputed(block) for block in self.layers]
 
     def decay_groups(self, weight_decay):
@@ -307,6 +315,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
+        # 12 L C T: q.k and the weighted sum of v, forward and backward
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     @property
@@ -321,7 +330,7 @@ class GPT(nn.Module):
 class DriftDiffusionAttention(Attention):
 
     def __init__(self, config, layer):
-        """Parameters by their published names; shapes (H, D) as published, else one number per head or for all."""
+        """Parameters have their published names. Shapes: (H, D) as published, else one number per head or for all."""
         super().__init__(config, layer)
         H, D = config.n_head, config.n_embd // config.n_head
         shape = (H, D) if config.published else (H, 1) if config.baseline_each_head else (1, 1)
@@ -355,8 +364,9 @@ class HeatAttention(Attention):
         self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
 
     def attend(self, q, k, v, cache=None):
-        """softmax(q.k / 2t), or softmax(-|q-k|^2 / 4t): |q|^2 is the same for all keys and cancels, and -|k|^2 / 2 is one
-        more coordinate of k that meets a 1 in q. The fused attention wants v as wide."""
+        """softmax(q.k / 2t) or softmax(-|q-k|^2 / 4t). In the second form |q|^2 is the same for all keys and cancels;
+        -|k|^2 / 2 becomes an extra coordinate of k, multiplied by a 1 in q. v is padded because fused attention needs q, k
+        and v of equal width."""
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         D, one = q.size(-1), torch.ones((), device=q.device)
@@ -373,7 +383,8 @@ class HeatAttention(Attention):
 
 
 class DiffusionTime(nn.Module):
-    """heat_t='adaptive': log t of each query from three statistics of the scores it sees, by an MLP that all heads share."""
+    """heat_t='adaptive': log t of each query, by an MLP that all heads share, from the mean and maximum of the scores that
+    the query sees and the variance of their softmax."""
 
     def __init__(self, config):
         super().__init__()
@@ -387,9 +398,9 @@ class DiffusionTime(nn.Module):
         nn.init.constant_(self.mlp[-1].bias, (self.log_min + self.log_max) / 2)
 
     def forward(self, q, k):
-        """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
+        """q (B, H, Tq, D), k (B, H, Tk, D) -> t (B, H, Tq, 1), float32. The queries are the last Tq of the Tk positions.
 
-        published: the statistics are averaged over all queries, so that one t, (B, H, 1, 1), sees the future."""
+        published: the statistics are averaged over all queries. All share one t, (B, H, 1, 1), which sees the future."""
         (B, H, Tq, D), Tk = q.shape, k.size(2)
         q = q / math.sqrt(D)
         top, purity, *_ = kernels.score_statistics(q.flatten(0, 1), k.flatten(0, 1))  # `plain_score_statistics`
@@ -408,7 +419,7 @@ class DiffusionTime(nn.Module):
 
 
 def plain_score_statistics(q, k):
-    """Of the scores q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2. q, k (N, T, D)."""
+    """q, k (N, T, D) -> for each query i the maximum of its scores s_ij = q_i . k_j, j <= i, and sum_j softmax(s_i)_j^2."""
     scores = (q @ k.mT).float().masked_fill(q.new_ones(q.size(1), k.size(1)).triu(1).bool(), -math.inf)
     return scores.amax(-1), scores.softmax(-1).square().sum(-1)
 
@@ -436,7 +447,7 @@ class RotatingAttention(Attention):
 # parallel: blocks in pairs on the same input (BluebrainAI, Parallel Transformer Models, 2025).
 
 class Pair(nn.Module):
-    """Two blocks that read the same x (B, T, C), and how what they make of it becomes one."""
+    """Two blocks that read the same x (B, T, C), and how their outputs are merged."""
 
     def __init__(self, left, right, config, bottleneck=None):
         super().__init__()
@@ -468,15 +479,15 @@ class DuoAttention(Attention):
 
     def two_streams(self, x, ahead):
         """
-        Tokens and then masks x (B, T + T-1, C) -> the same.
+        x (B, T + T-1, C), tokens and then masks -> the same shape.
 
-        The mask after token i attends to the tokens before i, to itself and to token i+1. The keys and values of the last
-        come from `ahead` (B, T-1, C), the embeddings of the tokens 2 to T through this layer's norm, which know nothing of
-        token i; published: from their hidden states, which have seen it.
+        The mask after token i attends to the tokens before i, to itself and to token i+1. The key and value of token i+1
+        are computed from its embedding, which contains nothing of token i; in the published form from its hidden state,
+        which does. `ahead` (B, T-1, C): the embeddings of tokens 2 to T, through this layer's norm.
 
-        The two extra keys of a mask enter the fused causal attention as one key before all others: its score is their
-        log-sum-exp, handed over in a further coordinate, and a further coordinate of the values tells the weight that it
-        got, which the two then share.
+        The two extra keys are passed to the fused causal attention as one key in front of all others, whose score is the
+        log-sum-exp of the two. An extra coordinate of the values returns the weight of that key; the two values then share
+        it by their softmax.
         """
         (B, N, C), M = x.shape, ahead.size(1)
         D = C // self.n_head
@@ -519,12 +530,13 @@ class DuoBlock(Block):
 class DuoGPT(GPT):
 
     def forward(self, idx, targets=None, weights=None, return_logits=True):
-        """As for gpt2, or with targets and weights (B, T + T-1), those of the masks behind those of the tokens."""
+        """As for gpt2. With targets and weights (B, T + T-1), first those of the tokens, then those of the masks, the masks
+        are trained as well."""
         fill = targets is not None and targets.size(1) > idx.size(1)
         return super().forward(idx, targets, weights, return_logits, fill=fill)
 
     def trunk(self, idx, cache=None, fill=False):
-        """As for gpt2; with `fill` the hidden states of the masks come behind those of the tokens, (B, T + T-1, C)."""
+        """As for gpt2; with `fill` the hidden states of the tokens, then those of the masks, (B, T + T-1, C)."""
         T = idx.size(1)
         if not fill or T == 1:
             return super().trunk(idx, cache)
@@ -545,7 +557,7 @@ class DuoGPT(GPT):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion: masked refinement (Sahoo et al., arXiv 2406.07524). Attention looks both ways; [MASK] = vocab_size is one more
-# id. nanodrift/refinement.py has the orders and what is taken back.
+# id. nanodrift/refinement.py has the orders and the rules of remasking.
 
 class DiffusionAttention(Attention):
     causal = False
@@ -556,9 +568,9 @@ class DiffusionAttention(Attention):
 
     @torch.no_grad()
     def start(self):
-        """Local-attention initialisation: the heads of the first half of the blocks start out looking at their neighbours.
-        All that a [MASK] knows is its position. From heads that look everywhere alike, training takes thousands of steps to
-        find the neighbours, and until then it learns no more than how often each token occurs (LOG.md)."""
+        """Local-attention initialisation: at the start, the heads of the first half of the blocks attend to neighbouring
+        positions. A [MASK] knows nothing but its position. With heads that start with uniform attention, training takes
+        thousands of steps to find the neighbours; until then it learns only how often each token occurs (LOG.md)."""
         if self.rope is not None and self.config.bias and 2 * self.layer < self.config.n_layer:
             bias = self.c_attn.bias.view(3, self.n_head, -1)
             bias[:2] = local_attention_biases(self.rope.frequencies, 5.0)  # others score about 3 lower
@@ -570,7 +582,7 @@ class DiffusionAttention(Attention):
 
 
 class NoPositions(nn.Module):
-    """In place of wpe where rotary positions are all there is."""
+    """Takes the place of wpe in models that have rotary positions only."""
 
     def __init__(self, block_size):
         super().__init__()
@@ -578,7 +590,7 @@ class NoPositions(nn.Module):
 
 
 class EncodedGPT(GPT):
-    """What types with a frozen encoder share: it goes where the model goes, and must fit."""
+    """What types with a frozen encoder share: the encoder must fit the model, and moves to a device together with it."""
 
     def __init__(self, config, encoder=None):
         drifting.freeze_encoder(encoder, config)
@@ -604,8 +616,8 @@ class DiffusionGPT(EncodedGPT):
         return h
 
     def forward(self, idx, targets=None, weights=None, return_logits=True):
-        """As for gpt2, but that without targets there are logits of every position; with token drift targets are a
-        drifting.Field, and there are no logits."""
+        """As for gpt2, except that the logits without targets are those of every position. With token drift, targets are a
+        drifting.Field and logits are None."""
         if targets is None:
             return self.head(self.trunk(idx)), None
         if not isinstance(targets, drifting.Field):
@@ -616,15 +628,15 @@ class DiffusionGPT(EncodedGPT):
         return None, bound + self.config.drift_weight * field_loss / len(targets.scales)
 
     def soft_tokens(self, idx, x):
-        """Token drift: ids (B, T) and their hidden states (B, T, C) -> embeddings of the encoder (B, T, C'), where a token
-        is masked the mean of all there are, weighted by what the model expects."""
+        """Embeddings of the encoder (B, T, C') for ids (B, T) and hidden states (B, T, C). At a masked position: the
+        vocabulary mean weighted by the predicted probabilities."""
         masked = idx == self.config.vocab_size
         means = drifting.expected_embedding(x[masked], self.vocabulary, lambda chunk: self.head(chunk)[:, :-1])
         return self.vocabulary[idx.masked_fill(masked, 0)].masked_scatter(masked[..., None], means)
 
     def generate_diffusion(self, idx, max_steps=RefineConfig.max_steps, temperature=RefineConfig.temperature,
                            top_k=RefineConfig.top_k, seed=None, **options):
-        """Token ids (B, T), [MASK] (= vocab_size) where they are open -> the same filled in; what is fixed stays as it is.
+        """Token ids (B, T), [MASK] (= vocab_size) at open positions -> the same with these filled in.
 
         `options` are those of RefineConfig; raises UserError where they contradict each other or the objective."""
         config = RefineConfig(max_steps=max_steps, temperature=temperature, top_k=top_k or 0, **options)
@@ -641,7 +653,7 @@ class DiffusionGPT(EncodedGPT):
         return refine(self.trunk, self.head, idx, self.config.vocab_size, refine_config, rng)
 
 
-# any GPT has these: of another type they say that it cannot be refined, and what to do
+# every GPT has these: on other types they raise a UserError that says what to use
 GPT.generate_diffusion, GPT.refine = DiffusionGPT.generate_diffusion, DiffusionGPT.refine
 
 
@@ -651,13 +663,13 @@ GPT.generate_diffusion, GPT.refine = DiffusionGPT.generate_diffusion, DiffusionG
 
 class GeneratorBlock(nn.Module):
     """
-    Attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and gated by a condition, the gates
-    closed at first (adaLN-Zero).
+    Attention both ways, rotary positions, normalised q and k, SwiGLU; shifted, scaled and gated by a condition, with gates
+    that start at zero (adaLN-Zero).
 
-    No biases but with drift_look those of q and k, which are not in the published generator: its heads look everywhere
-    alike at first, noise says nothing of where it stands, and so samples stay independent tokens for long (LOG.md). With q
-    and k normalised, some 10 leave the rest of attention its say; at 20 a head is little but a shift by its distance, and
-    stays that for hundreds of steps.
+    There are no biases, except those of q and k with drift_look, which the published generator does not have. Without them
+    all heads start with uniform attention, noise carries no position, and samples stay independent tokens for a long time
+    (LOG.md). A strength of 10 leaves room for learned attention; at 20 a head only shifts by its distance for hundreds of
+    steps.
     """
 
     def __init__(self, config):
@@ -672,7 +684,7 @@ class GeneratorBlock(nn.Module):
         self.modulation = nn.Linear(C, 6 * C, bias=False)
 
     def forward(self, x, condition, mask=None):
-        """x (B, T, C), condition (B, C) -> (B, T, C). mask (T, T) says who may see whom."""
+        """x (B, T, C), condition (B, C) -> (B, T, C). mask (T, T): True where a query (row) may see a key (column)."""
         B, T, C = x.shape
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
@@ -689,7 +701,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (B, T, C), style indices and maybe given embeddings -> embeddings (B, T, C), all in one pass."""
+    """Noise (B, T, C), style indices (B, 32) and given embeddings (B, P, C) -> embeddings (B, T, C), in one pass."""
 
     def __init__(self, config):
         super().__init__()
@@ -703,8 +715,8 @@ class Generator(nn.Module):
         self.c_out = nn.Linear(C, C)
 
     def start_at(self, vocabulary):
-        """Gates closed; outputs around the mean of the embeddings (V, C), spread as they are: from one spot no field would
-        spread them."""
+        """Gates start at zero. Outputs start around the mean embedding with the spread of the vocabulary (V, C); if all
+        started equal, the field could not separate them."""
         for block in self.h:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
@@ -714,12 +726,12 @@ class Generator(nn.Module):
             self.c_out.bias.copy_(mean)
 
     def forward(self, noise, style, prefix, layers):
-        """prefix (B, P, C): embeddings of given tokens, which see each other only. layers: self.h, or how else its
-        blocks are called."""
+        """prefix (B, P, C): embeddings of given tokens, which see only each other. layers: the blocks to run, self.h or
+        their recomputing wrappers."""
         B, T, C = noise.shape
         condition = F.silu(self.condition(noise.mean(1)) + self.codebook[style].mean(1))
         x, mask = self.c_in(noise).float(), None
-        if self.c_prefix is not None:  # of no tokens too: under DDP every parameter must have a gradient
+        if self.c_prefix is not None:  # even if P is 0: under DDP every parameter must have a gradient
             P = prefix.size(1)
             x = torch.cat((self.c_prefix(prefix).float(), x[:, P:]), dim=1)
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device)
@@ -754,8 +766,8 @@ class DriftingGPT(EncodedGPT):
 
     @torch.no_grad()
     def generate_at_once(self, count, temperature=1.0, seed=None, prefix=None):
-        """Ids (count, block_size) in one forward pass, which start with the ids prefix (P,). Temperature 1, as published,
-        takes the nearest embedding; at others ids are drawn, by softmax of cosines / temperature."""
+        """Ids (count, block_size) in one forward pass; each row starts with the ids prefix (P,). Temperature 1, as
+        published, takes the nearest embedding; any other draws ids by softmax of cosines / temperature."""
         rng = None if seed is None else torch.Generator().manual_seed(seed)
         canvas = torch.zeros(count, self.config.block_size, dtype=torch.long)
         noise, style, _ = drifting.make_batch(canvas, rng, n_embd=self.config.n_embd)
@@ -770,7 +782,7 @@ class DriftingGPT(EncodedGPT):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the branch
+# the table of types
 
 @dataclass(frozen=True)
 class ModelType:
@@ -794,7 +806,7 @@ TYPES |= {
 
 
 def contradictions(c):
-    """{message: whether it holds} for options of a GPTConfig that are right alone and not together."""
+    """{message: whether it applies} for options of a GPTConfig that are valid one by one, but not together."""
     pair = c.n_embd // c.n_head
     idle = {'heat': c.heat_t != 'adaptive' and 'heat_t=adaptive', 'duo': not c.duo_fill_weight and 'a duo_fill_weight'}
     kind, without = c.model_type, c.published and idle.get(c.model_type)
@@ -816,11 +828,11 @@ def contradictions(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models out of checkpoints
+# models from checkpoints
 
 def load_model(state, device='cpu'):
-    """The trained model in a checkpoint, in evaluation mode: with the averaged weights where there are any. What token drift
-    trained needs no encoder any more."""
+    """The trained model in a checkpoint, in evaluation mode, with averaged weights if the checkpoint has them. A token-drift
+    model loads as `nelbo`, because it needs its encoder only for training."""
     huggingface.check_complete(state)
     config = from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments')
     if config.diffusion_objective == 'drift':
@@ -836,7 +848,7 @@ def load_model(state, device='cpu'):
 
 
 def load_encoder(name):
-    """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says whose it is:
+    """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says where it is from:
     run_id, parents, tokenizer, fingerprint. Raises UserError if it is of another type."""
     try:
         state = huggingface.open_run(name)

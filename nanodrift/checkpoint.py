@@ -1,7 +1,7 @@
 """
 Checkpoints: tensors and plain Python values only, written so that a reader never sees half of one.
 
-Files first, then weights into a model that is there; model.py builds one from a checkpoint (`load_model`).
+Files first, then weights into an existing model; `load_model` in model.py builds a model from a checkpoint.
 """
 import hashlib
 import os
@@ -21,7 +21,7 @@ GPT2_NAMES = re.compile(r'(lm_head|transformer\.(wte|wpe|ln_f|h\.\d+\.(ln_[12]|a
 
 def save(out_dir, state, names):
     """Writes `state` once, and puts it under each of `names` ('best', 'last') in `out_dir` when it is whole and on disk.
-    Raises UserError if it cannot; what stood there before is then untouched."""
+    Raises UserError if it cannot; an existing checkpoint is then unchanged."""
     temporary = os.path.join(out_dir, 'ckpt.tmp')
     try:
         if os.path.exists(temporary):  # of a run that was killed; it may already be the best checkpoint by another name
@@ -37,8 +37,8 @@ def save(out_dir, state, names):
     except (OSError, RuntimeError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); the one there is '
-                        'untouched') from None
+        raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); an existing checkpoint there '
+                        'is unchanged') from None
     if os.name == 'posix':  # the new names must outlive a power cut too
         folder = os.open(out_dir, os.O_RDONLY)
         os.fsync(folder)
@@ -60,7 +60,7 @@ def fall_back(out_dir):
 
 
 def keep(out_dir, iter_num):
-    """Gives the last checkpoint of `out_dir` a name that no later one takes from it."""
+    """Gives the last checkpoint of `out_dir` a further name, which later checkpoints do not take."""
     hard_link(os.path.join(out_dir, FILES['last']), os.path.join(out_dir, f'ckpt_{iter_num:06d}.pt'))
 
 
@@ -113,7 +113,8 @@ def find(out_dir, which='best'):
 # weights into a model
 
 def load_weights(model, weights):
-    """All of them and no others. Raises UserError, also where an older version of this model_type had fewer."""
+    """Loads weights that match the model's names exactly. Raises UserError otherwise, also where an older version of this
+    model_type had fewer weights."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
@@ -136,7 +137,7 @@ def start_from(model, weights, rows=None):
         known = model.config.vocab_size + model.config.mask_tokens
         both = min(len(weights[EMBEDDING]), len(own[EMBEDDING]))
         new = torch.cat((weights[EMBEDDING][:both].to(own[EMBEDDING]), own[EMBEDDING][both:]))
-        new[rows:known] = new[:rows].mean(0)  # a beginner that stands out from no token
+        new[rows:known] = new[:rows].mean(0)  # new ids start at the mean of the trained embeddings
         weights[EMBEDDING] = weights['lm_head.weight'] = new
         fresh = [f'{EMBEDDING}[{row}] (an id without text)' for row in range(rows, known)]
     if POSITIONS in weights and POSITIONS not in own and model.config.model_type == 'diffusion':
@@ -169,14 +170,14 @@ def fingerprint(weights):
 
 
 def check_encoder(model, state):
-    """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
+    """Raises UserError if the encoder that was loaded for a model is not the one that it was trained with."""
     if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
         raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: put the former '
                         'weights there, or name where they are, train.py --encoder=FOLDER')
 
 
 def commit():
-    """The commit of this code, '-dirty' behind it where files were changed; None outside a git checkout."""
+    """The commit of this code, with '-dirty' if files were changed; None outside a git checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         words = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']

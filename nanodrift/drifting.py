@@ -1,9 +1,9 @@
 """
-Generative modeling via drifting: a generator is trained so that its samples stand where a field of attraction by real
-samples and repulsion by its own is zero. Deng, Li, Li, Du, He, arXiv 2602.04770.
+Generative modeling via drifting: real samples attract and generated samples repel each other, and a generator is trained
+until this field is zero at its samples. Deng, Li, Li, Du, He, arXiv 2602.04770.
 
-The field as a pure function, the features of text that it is taken in, how outputs become embeddings, and the objective of
-model_type drifting. Token drift, the same field on a masked diffusion model, is at the end of the targets.
+Here: the field as a pure function, the features of text that it is computed in, how outputs become embeddings, and the
+objective of model_type drifting. Token drift, the same field on a masked diffusion model, is at the end of the targets.
 """
 import math
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ SELF_DISTANCE = 100.0  # added to the distance of a sample from itself
 POSITIONS = 32  # positions whose states, or stacks of tokens, are features of their own
 WINDOWS = (4, 16)
 STACKS = (2, 4)  # neighbouring tokens whose embeddings together are a feature
-POSITIONS_PER_SET = 4  # whose stacks are one feature set: a field of so many more points is less noisy
-QUEUE = 1000  # examples before an iteration's own that further positives are taken from
+POSITIONS_PER_SET = 4  # positions whose stacks form one feature set: with four times the points the field is less noisy
+QUEUE = 1000  # how many examples before those of an iteration additional positives are drawn from
 STYLES, STYLE_INDICES = 64, 32
-MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
+MEASURED = 256  # samples measured together, since field and distances depend on their number
 SHARPNESS = 3.0  # of the softmax over the vocabulary: see `nearness`
 
 
@@ -46,8 +46,8 @@ def distances(x, y):
 
 def field(away, toward, positive, negative, temperature, floor):
     """
-    V (..., N, D) at N samples: attraction by `positive` (..., P, D), repulsion by `negative` (..., M, D), of which they have
-    the distances `toward` (..., N, P) and `away` (..., N, M).
+    V (..., N, D) at N samples: attraction by `positive` (..., P, D), repulsion by `negative` (..., M, D). toward (..., N, P)
+    and away (..., N, M): the samples' distances from these.
 
     V = S- sum A+ y+ - S+ sum A- y-, where A = sqrt(softmax over columns * softmax over rows) of -distance / temperature over
     [negative | positive] jointly, and S are the row sums of each group (algorithm 1 of the paper). The coefficients of each
@@ -63,10 +63,10 @@ def field(away, toward, positive, negative, temperature, floor):
 def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
     """
     The field of a feature set at its own samples x (S, N, D), in float32 -> targets (S, N, D) in scaled features, the scale
-    that features are divided by, and {temperature: root mean square of the raw field}.
+    that features are divided by, and {temperature: root mean square of the unnormalised field}.
 
-    For each temperature, stated in mean distances of all samples from each other and from real ones, the field is divided
-    by its own root mean square, so that a loss against these targets is no measure of progress; the raw one is.
+    The field of each temperature (in units of the mean distance) is divided by its own root mean square. A loss against
+    these targets therefore does not measure progress; the unnormalised field does.
     """
     with exact(x.device):
         x, positive = x.float(), positive.float()
@@ -90,8 +90,8 @@ def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
 # features of text
 
 def hidden_states(encoder, embeddings, depths):
-    """Hidden states (B, T, C) of a frozen GPT after each of so many blocks, in rising order, of input embeddings
-    (B, T, C), which its positions are added to; those of the last block are taken after the final norm."""
+    """Hidden states (B, T, C) of a frozen GPT after the blocks numbered in `depths`, in rising order. The encoder adds its
+    positions to the input embeddings (B, T, C); the last block's states are taken after the final norm."""
     x, states = embeddings + encoder.transformer.wpe.weight[:embeddings.size(1)], []
     for number, block in enumerate(encoder.layers, start=1):
         x = block(x)
@@ -123,7 +123,7 @@ def pool(states, positions):
 
 
 def state_features(encoder, embeddings, positions):
-    """{name: feature set (S, B, C)} of the hidden states that a frozen GPT has for input embeddings (B, T, C)."""
+    """Input embeddings (B, T, C) -> {name: feature set (S, B, C)} of the hidden states of a frozen GPT."""
     depths, features = feature_depths(encoder.config.n_layer), {}
     for depth, states in zip(depths, hidden_states(encoder, embeddings, depths)):
         features |= {f'{depth}_{name}': values for name, values in pool(states, positions).items()}
@@ -132,12 +132,12 @@ def state_features(encoder, embeddings, positions):
 
 def token_features(encoder, embeddings, positions):
     """
-    {name: feature set (S, n*B, k*C)} of k neighbours' embeddings, each of (B, T, C), side by side, for n =
-    POSITIONS_PER_SET positions in a set: what a field makes of n-grams. Unlike hidden states they are linear in an
-    embedding, so that its gradient holds as far as the next token.
+    Embeddings (B, T, C) -> {name: feature set (S, n*B, k*C)}: stacks, which are the embeddings of k neighbouring tokens side
+    by side, at n = POSITIONS_PER_SET positions in a set. A field in them acts on n-grams. Unlike hidden states they are
+    linear in the embeddings, so a gradient stays valid as far as the next token.
 
-    Beyond both ends stand zeros: a stack at a position ends there, those of the first positions have a second one beyond
-    the end, and so the tokens at the ends are in as many stacks as all others.
+    The ends are padded with zeros. The stack of a position ends at it; the first k-1 positions also have a stack past the
+    end of the text, so every token is in equally many stacks.
     """
     features, T = {}, embeddings.size(1)
     for k in STACKS:
@@ -147,8 +147,8 @@ def token_features(encoder, embeddings, positions):
 
 
 def group_positions(x):
-    """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET of them each, or of all where there are
-    fewer. Where n does not divide P, the last set shares some with the one before, and these count twice."""
+    """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET positions each, or one set of all if
+    there are fewer. If n does not divide P, the last two sets share positions, and these count twice."""
     n = min(POSITIONS_PER_SET, x.size(1))
     starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
     sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
@@ -168,8 +168,8 @@ FEATURES = {'states': state_features, 'tokens': token_features, 'both': both_fea
 # outputs of a model as embeddings
 
 def expected_embedding(x, embedding, logits_of):
-    """Mean embeddings (N, C') under the softmax of logits_of(x) (N, V), of x (N, C) and embeddings (V, C'): a chunk at a
-    time and not kept for the backward pass, since the logits of all would be large."""
+    """x (N, C), embeddings (V, C') -> mean embeddings (N, C') under the softmax of logits_of(x) (N, V). Logits are large:
+    they are computed in chunks, and again in the backward pass."""
     def mean(chunk):
         return logits_of(chunk).float().softmax(-1).to(embedding.dtype) @ embedding
     chunks = x.split(rows_per_chunk(len(embedding)))
@@ -184,8 +184,9 @@ def argmax_embedding(x, embedding, logits_of):
 
 
 def nearness(x, embedding):
-    """Logits (N, V) of outputs x (N, C): cosines with embeddings (V, C) around their mean, so large that those of a random
-    direction differ by SHARPNESS; else at the start all outputs would be near the mean, and no field would spread them."""
+    """Logits (N, V): cosines between outputs x (N, C) and embeddings (V, C), both centred on the mean embedding, scaled so
+    that those of a random direction have standard deviation SHARPNESS. Unscaled, all outputs would start near the mean,
+    where the field cannot separate them."""
     middle = embedding.mean(0)
     cosines = F.linear(F.normalize((x - middle).float(), dim=-1), F.normalize((embedding - middle).float(), dim=-1))
     return cosines * SHARPNESS * math.sqrt(embedding.size(1))
@@ -200,12 +201,12 @@ def output_embeddings(x, vocabulary, output):
     if output == 'soft':
         return soft
     assert output == 'straight', 'one of the choices of drift_output'
-    return argmax_embedding(x, vocabulary, logits_of) + soft - soft.detach()  # that value, the gradient of the mean
+    return argmax_embedding(x, vocabulary, logits_of) + soft - soft.detach()  # value of the argmax, gradient of the mean
 
 
 def nearest(x, vocabulary, draw=None):
-    """For embeddings x (B, T, C): cosines (B, T) with the nearest ones of the vocabulary (V, C), and the ids (B, T) of
-    these; with `draw`, cosines (N, V) -> ids (N,), which runs on the CPU, those of the ids that it gives."""
+    """For embeddings x (B, T, C): the cosine with the nearest vocabulary embedding and its id, (B, T) each. With `draw`, a
+    function cosines (N, V) -> ids (N,) called on the CPU, ids are drawn by it instead."""
     vocabulary = F.normalize(vocabulary.float(), dim=-1)
     chunks = []
     for chunk in F.normalize(x.float(), dim=-1).flatten(0, 1).split(rows_per_chunk(len(vocabulary))):
@@ -235,9 +236,8 @@ def freeze_encoder(encoder, config):
 
 @dataclass
 class Field:
-    """What one micro-batch is trained against: for each feature set the targets (S, N, D) and the scale; at which positions
-    states or stacks are features; ids: those (B, prefix) that generated text starts with, for token drift the real text
-    (B, T)."""
+    """The targets of one micro-batch: for each feature set the targets (S, N, D) and the scale; the positions whose states
+    or stacks are features; ids: the given prefix (B, P), or for token drift the real text (B, T)."""
     targets: dict
     scales: dict
     positions: torch.Tensor
@@ -245,25 +245,25 @@ class Field:
 
 
 def drift_loss(model, embeddings, field_):
-    """Sum over feature sets of the mean squared distance of the features of embeddings (B, T, C) from the targets of their
-    Field; gradients flow through the features alone."""
+    """Sum over feature sets of the mean squared distance between the features of embeddings (B, T, C) and the targets of
+    their Field. Gradients flow through the features alone."""
     features = FEATURES[model.config.drift_features](model.encoder, embeddings, field_.positions)
     return sum((features[name].float() / scale - field_.targets[name]).square().mean()
                for name, scale in field_.scales.items())
 
 
 def make_batch(tokens, rng, part=(0, 1), *, n_embd, extra=0):
-    """tokens (B+extra, T) -> noise (B, T, C), style indices (B, 32), real ids (B+extra, T). Real text beyond the batch comes
-    from `examples`."""
+    """tokens (B+extra, T) -> noise (B, T, C), style indices (B, 32), real ids (B+extra, T). Real ids past the first B are
+    the additional positives, chosen by `examples`."""
     B = len(tokens) - extra
     noise = torch.randn(B, tokens.size(1), n_embd, generator=rng)
     return noise, torch.randint(STYLES, (B, STYLE_INDICES), generator=rng), tokens
 
 
 def examples(own, start, rng, *, extra):
-    """Example numbers: a micro-batch's own (a range), and `extra` of the QUEUE before its iteration, which begins at `start`
-    (the first has only its own). The published queue of samples holds the same: here it is a position in the seeded order
-    of examples, so that there is nothing to save."""
+    """Numbers of the examples of a micro-batch: its own (a range), and `extra` drawn from the QUEUE examples before its
+    iteration, which starts at `start`; in the first iteration, which has none before it, from those up to its own. This
+    replaces the published queue, without state to save."""
     low, high = (max(0, start - QUEUE), start) if start else (0, own[-1] + 1)
     count = high - low
     enough = extra <= count
@@ -276,8 +276,8 @@ def random_positions(T, rng):
 
 
 def make_fields(generated, real, positions, ids, ranks, config):
-    """A Field for each micro-batch of this rank: from the features of its samples, of real text, and its ids (lists over
-    micro-batches), over all of them and all ranks together."""
+    """One Field per micro-batch of this rank. The field is computed over all micro-batches of all ranks. generated, real:
+    lists with the features of each micro-batch; ids: the list of their ids."""
     fields = [Field({}, {}, positions, chunk) for chunk in ids]
     for name in generated[0]:
         x = ranks.concatenate(torch.cat([features[name] for features in generated], dim=1), dim=1)
@@ -291,8 +291,8 @@ def make_fields(generated, real, positions, ids, ranks, config):
 
 @torch.no_grad()
 def compute_drift_targets(model, batches, ranks, rng):
-    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
-    `rng` is the same on all ranks."""
+    """Replaces the real ids of each micro-batch of an iteration by its Field. `rng` must be in the same state on all
+    ranks."""
     positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
     length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
     generated, real, prefixes = [], [], []
@@ -306,7 +306,7 @@ def compute_drift_targets(model, batches, ranks, rng):
 
 @torch.no_grad()
 def compute_token_drift_targets(model, batches, ranks, rng):
-    """Token drift (arXiv 2605.19470): the same for corrupted ids, real ids and weights of the bound."""
+    """Token drift (arXiv 2605.19470): the same for micro-batches of corrupted ids, real ids and weights of the bound."""
     positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
     generated = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), positions) for X, _, _ in batches]
     real = [features(model.encoder, model.encoder.transformer.wte(Y), positions) for _, Y, _ in batches]
@@ -345,12 +345,13 @@ def paired_blocks(x, y):
 
 def summary(metrics):
     """
-    js_1, js_2 (the val_metric), js_3: divergence of n-grams from real text; floor: js_2 of one half of the real text from
-        the other (a little high, for half as much text).
+    js_1, js_2 (the val_metric), js_3: n-gram divergence from real text. floor: js_2 between two halves of the real text,
+        slightly too high because each half is smaller.
     distinct_2: share of different 2-grams; collapsed: whether it is below half of real text's.
-    diversity: mean distance of samples in units of real text's. field_R: root mean square of the raw field. Both are taken
-        in hidden states and at TEMPERATURES, whatever a model is trained in, and are means over depths and blocks of
-        samples; the field is without a floor, under which it would grow with the number of samples.
+    diversity: mean distance between samples, divided by that of real text. field_R: root mean square of the unnormalised
+        field at temperature R. Both use hidden states and TEMPERATURES, whatever the model was trained with, and average
+        over depths and blocks of samples. The field has no floor here, because a floor makes it grow with the number of
+        samples.
     """
     samples, real = metrics['samples'].rows.numpy(), metrics['real'].rows.numpy()
     numbers = {f'js_{k}': ngrams.divergence(samples, real, k) for k in (1, 2, 3)}

@@ -2,14 +2,14 @@
 The parts of a model that are written for speed: same numbers as the plain definition, less time or memory.
 
 The fused head              loss and gradients of a large vocabulary, its logits never held whole; plain: `cross_entropy`
-Score statistics            what adaptive heat needs to know of the scores; plain: in the room of `heat` in model.py
+Score statistics            the statistics of adaptive heat; plain: `plain_score_statistics` in model.py
 Rotation                    rotary positions as products of complex numbers; plain: `plain_rotate` in rotary.py
-KV cache                    keys and values of positions that a step of generation need not compute again
-Widened heads               coordinates by which a bias of the scores goes through the fused attention
+KV cache                    keys and values of earlier positions, which a step of generation does not compute again
+Widened heads               extra coordinates of q and k, which pass a bias of the scores through the fused attention
 Recomputed blocks           activations computed again in the backward pass: less memory, more time
 Packed linears              weights in the layout that a step of generation on a CPU reads fastest; plain: nn.Linear
 
-A test holds each of them equal to its plain definition.
+Tests hold each of them equal to its plain definition.
 """
 import math
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ def padded_vocab_size(vocab_size):
 def cross_entropy(logits, targets, weights=None, flag=None):
     """Mean over the counted positions of weight * cross entropy, in float32. logits (B, T, V), targets (B, T).
 
-    With `flag`, an id, only the weights of positions whose argmax it is count; elsewhere the weight is 1."""
+    With `flag`, an id, weights apply only at positions whose argmax is this id; elsewhere the weight is 1."""
     logits, targets = logits.float().flatten(0, -2), targets.flatten()
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction='none')
     if weights is not None:
@@ -54,7 +54,7 @@ def cross_entropy(logits, targets, weights=None, flag=None):
 
 
 def linear_cross_entropy(x, weight, vocab_size, targets, weights=None, flag=None):
-    """`cross_entropy` of the logits x @ weight[:vocab_size]^T without ever holding them whole. x (B, T, C), targets (B, T).
+    """`cross_entropy` of the logits x @ weight[:vocab_size]^T, which are never held whole. x (B, T, C), targets (B, T).
 
     Follows autocast: the matrix products run in its type, softmax and sums in float32. torch's own
     F.linear_cross_entropy took 13.1 s in bfloat16 on 2 cores of a CPU where this takes 1.9 to 2.7 s, and rounds the loss to
@@ -70,10 +70,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
     Sum of weight * cross entropy of x @ W^T, chunk by chunk, gradients taken in the forward pass.
 
-    The (N, V) logits are by far the largest tensor of a small language model; here a chunk of them lives in one buffer
-    that is used three times (logits, exponentials, both gradients) and never leaves. With e = exp(logits - max) and
-    s = sum e, the gradient (e/s - onehot) W is computed as (e W)/s - W[y], and its transpose likewise, so that no pass
-    over the (N, V) chunk is spent on dividing or on the one-hot.
+    The (N, V) logits are by far the largest tensor of a small language model. Here one chunk of them is in memory at a time,
+    in a buffer that serves three uses (logits, exponentials, both gradients). With e = exp(logits - max) and s = sum e, the
+    gradient (e/s - onehot) W is computed as (e W)/s - W[y], and its transpose likewise, so that no pass over the (N, V)
+    chunk is spent on dividing or on the one-hot.
     """
 
     @staticmethod
@@ -125,8 +125,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # score statistics
 
 def score_pieces(q, k, queries=128, scores=2 ** 19):
-    """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key is not seen yet: a
-    cache-sized piece at a time on a CPU; all heads at once on accelerators, which are slow at many small products."""
+    """Yields (heads, queries, keys, s): slices and their scores (n, queries, keys), -inf where a key comes after the query.
+    On a CPU a piece fits its cache; accelerators, which are slow at many small products, get all heads at once."""
     N, Tq, Tk = q.size(0), q.size(1), k.size(1)
     n = max(1, scores // (min(queries, Tq) * Tk)) if q.device.type == 'cpu' else N
     for start in range(0, Tq, queries):
@@ -142,11 +142,11 @@ def score_pieces(q, k, queries=128, scores=2 ** 19):
 @torch.library.custom_op('nanodrift::score_statistics', mutates_args=())
 def score_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Of the scores s_ij = q_i . k_j that a query sees, j <= i: their maximum, sum_j softmax(s_i)_j^2, log-sum-exp and argmax.
+    For each query i, over its scores s_ij = q_i . k_j, j <= i: maximum, sum_j softmax(s_i)_j^2, log-sum-exp and argmax.
 
-    q (N, Tq, D), k (N, Tk, D), the queries being the last Tq positions -> four tensors (N, Tq). Memory is linear in T: the
-    scores are gone after use and computed again in the backward pass. Gradients flow through the first two. An operator
-    of its own, for torch.compile would unroll the loop.
+    q (N, Tq, D), k (N, Tk, D) -> four tensors (N, Tq); the queries are the last Tq of the Tk positions. Gradients flow
+    through the first two. Scores are recomputed in the backward pass, so memory is linear in T. A custom operator, because
+    torch.compile would unroll the loop.
     """
     top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
     best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
@@ -203,7 +203,7 @@ score_statistics.register_autograd(_backward, setup_context=_keep_for_backward)
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotates pairs of coordinates of x (B, H, T, D) by angles (H, T, D/2, 2), which are cosines and sines.
 
-    An operator of its own: a product of complex numbers is one fast pass, which torch.compile does not generate."""
+    A custom operator, because a product of complex numbers is one fast pass, which torch.compile does not generate."""
     return _like(x).copy_(torch.view_as_real(_complex(x) * torch.view_as_complex(angles)).flatten(-2))
 
 
@@ -220,7 +220,7 @@ def _complex(x):
 
 
 def _like(x):
-    """An empty (B, H, T, D) in the memory layout (B, T, H, D), which is that of what c_attn gives."""
+    """An empty (B, H, T, D) in the memory layout (B, T, H, D), as the output of c_attn has it."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -265,14 +265,14 @@ class KVCache:
 
 
 def widen(x, *columns):
-    """x (..., D) with further coordinates, and zeros up to a multiple of eight, which fused attention on GPUs asks for."""
+    """x (..., D) with extra coordinates, and zeros up to a multiple of eight, which fused attention on GPUs requires."""
     width = x.size(-1) + len(columns)
     columns = [c.to(x.dtype).expand(*x.shape[:-1], 1) for c in columns]
     return F.pad(torch.cat((x, *columns), dim=-1), (0, -width % 8))
 
 
 def high_and_low(x, dtype):
-    """float32 as two numbers of a shorter type whose sum it is."""
+    """A float32 tensor as two tensors of a shorter type, whose sum is equal to it up to rounding."""
     high = x.to(dtype)
     return high, (x - high.float()).to(dtype)
 
@@ -293,7 +293,7 @@ class Recomputed:
 # packed linears
 
 class Linear(nn.Linear):
-    """nn.Linear, whose product a step of generation can replace by a faster one: see `packed_weights`."""
+    """nn.Linear, but generation may replace its product by a faster one: see `packed_weights`."""
     product = None
 
     def forward(self, x):
@@ -301,8 +301,8 @@ class Linear(nn.Linear):
 
 
 def pack_weights(model, rows):
-    """{Linear: a faster function for its product with so many rows} of a model, where there is one: on a CPU, in float32,
-    for models of at most PACK_AT_MOST bytes."""
+    """{Linear of a model: a faster function for its product with this many rows}; empty unless the model is on a CPU, in
+    float32, and has at most PACK_AT_MOST bytes."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     weight = linears[0].weight
     fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
@@ -325,8 +325,7 @@ def packed_linear(weight, bias, rows):
 
 @contextmanager
 def packed_weights(packed):
-    """Uses what `pack_weights` gave, inside a `with` alone, so that no one else ever computes with a copy of weights that
-    have changed since."""
+    """Uses the packed copies of `pack_weights` only inside the `with`, so that copies of outdated weights are never used."""
     for linear, product in packed.items():
         linear.product = product
     try:

@@ -1,5 +1,5 @@
 """
-Statistics of token ids (N, T) alone: n-grams, their divergence, repetition, entropy; and what n-gram models say.
+Statistics of token ids (N, T) alone: n-grams, their divergence, repetition, entropy; and samples of n-gram models.
 """
 import math
 
@@ -44,13 +44,13 @@ def entropy(samples):
 
 
 def repetition(samples, n=4):
-    """Share of the n-grams of a sample that it had before, averaged over samples."""
+    """Share of n-grams that repeat an earlier one of the same sample, averaged over samples."""
     rows = np.asarray(samples)
     return float(np.mean([1 - len(np.unique(windows(row[None], n), axis=0)) / (len(row) - n + 1) for row in rows]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what keeps everyone honest
+# reference samples
 
 def real(tokens, count, length, rng):
     """Random windows (count, length) of a text's tokens (L,)."""
@@ -59,8 +59,8 @@ def real(tokens, count, length, rng):
 
 
 def from_ngrams(tokens, n, count, length, rng):
-    """Samples (count, length) of the n-gram model of a text's tokens (L,): each token follows the n-1 before it as it does
-    somewhere in the text; where they stand at its very end only, a random one."""
+    """Samples (count, length) of the n-gram model of a text's tokens (L,). Each token is drawn from those that follow the
+    same n-1 tokens in the text, or from all tokens if nothing follows them."""
     tokens = np.asarray(tokens, dtype=np.int64)
     if n == 1:
         return tokens[rng.integers(len(tokens), size=(count, length))]

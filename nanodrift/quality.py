@@ -1,6 +1,6 @@
 """
-How close samples come to real text, for models that have no likelihood in common: distances of distributions, each to be
-compared with its floor (held-out text against other held-out text), and the descriptive numbers that go with them.
+How close samples are to real text, also for models without a comparable likelihood. Each distance is reported with its
+floor: held-out text against other held-out text.
 
 The primary one is the accuracy of a two-sample classifier, fixed in advance: 0.5 is perfect, 1 is told apart every time.
 Perplexity under a judge is no measure of quality, even together with entropy: samplers without a model in them beat
@@ -28,10 +28,10 @@ SAMPLES_PER_CLUSTER = 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# by way of a judge's features
+# in the features of a judge
 
 class Judged:
-    """A judge, a causal model, and what it makes of real text (N, T)."""
+    """A judge, which is a causal model, and its features of real text (N, T)."""
 
     def __init__(self, model, reference):
         self.model, self.reference = model, reference
@@ -50,8 +50,8 @@ class Judged:
 
 
 def classifier_accuracy(features, reference, seed=0):
-    """Accuracy of a logistic regression that tells features (N, C) from reference (M, C), cross-validated; as many of the
-    one as of the other."""
+    """Cross-validated accuracy of a logistic regression that tells features (N, C) from reference (M, C), equally many of
+    each."""
     n = min(len(features), len(reference))
     X = np.concatenate((features[:n], reference[:n]))
     y = np.repeat([0, 1], n)
@@ -62,7 +62,7 @@ def classifier_accuracy(features, reference, seed=0):
 def mauve(features, reference, seed=0):
     """Area under the divergence curve of two histograms over k-means clusters: Pillutla et al., arXiv 2102.01454.
 
-    1 is equal. Mean over k-means seeds; a cluster for every 10 of the fewer samples."""
+    1 is equal. Mean over k-means seeds; one cluster per 10 samples of the smaller set."""
     both = normalize(np.concatenate((features, reference)))
     both = PCA(n_components=0.9, svd_solver='full').fit_transform(both)
     clusters = max(2, min(len(features), len(reference)) // SAMPLES_PER_CLUSTER)

@@ -2,10 +2,10 @@
 Masked refinement: a masked diffusion model fills in a canvas of tokens, some of them [MASK], in any order, and revises it.
 
 A step commits some of the open positions, as the strategy says (a row of ORDERS), and may open committed ones again, with
-the probability that `remask` gives them (a row of REMASKS). A new order, or a new rule of remasking, is a function and its
-row.
+the probability that `remask` gives them (a row of REMASKS). To add an order or a rule of remasking, write a function and
+its row.
 
-strategy  naive                          all for which the model does not predict [MASK] (defined for the repair objective)
+strategy  naive                          all for which [MASK] is not drawn (defined for the repair objective)
           ancestral                      each with probability (t - s) / t on a grid of times, MDLM: arXiv 2406.07524
           confidence, margin, entropy    the most confident: LLaDA, arXiv 2502.09992, and Dream, arXiv 2508.15487
           random                         as many, anywhere
@@ -33,7 +33,7 @@ REMASKS = {}  # remask -> Remask, filled below the rules
 class RefineConfig:
     """In which order a canvas is filled, and what is taken back."""
     strategy: str = option('ancestral', 'which masked positions a step commits', ORDERS)
-    max_steps: int = option(25, 'steps, over all blocks together; threshold takes what it needs, without flags past these',
+    max_steps: int = option(25, 'steps in total; threshold takes as many as it needs, and flags nothing after these',
                             at_least=1)
     block_length: int = option(0, 'open positions refined at a time, from left to right; 0 takes all', at_least=0)
     threshold: float = option(0.9, 'the confidence that commits', at_least=0, needs={'strategy': 'threshold'})
@@ -56,7 +56,7 @@ class RefineConfig:
 
 
 def check_defined(config, model):
-    """Raises UserError where a strategy has no meaning for a model, or cannot be had on its device."""
+    """Raises UserError where a strategy is not defined for a model, or does not run on its device."""
     if model.config.model_type != 'diffusion':
         raise UserError(f'only model_type diffusion is refined: sample a {model.config.model_type} model with sample.py')
     if model.device.type == 'mps':
@@ -87,10 +87,10 @@ class Moment:
     """
     Where in a block's schedule a step is, and what orders and remasking share.
 
-    number, steps: this step, of so many. alpha_t, alpha_s: what share is committed before and after it.
+    number, steps: the number of this step, of so many. alpha_t, alpha_s: the share committed before and after it.
     reopen (B, T): the probability that a committed token is opened again.
-    sigma (B, T): as much of it as the forward process makes up for: `reopen` for ReMDM, else 0.
-    u (B, T): a uniform number for each position for `ancestral`; 0 for all other orders, with which `reopen` is 0 or 1.
+    sigma (B, T): the part of `reopen` that the forward process compensates by committing more: all of it for ReMDM, else 0.
+    u (B, T): uniform numbers for `ancestral`; 0 for the other orders, whose `reopen` is 0 or 1.
     """
     number: int
     steps: int
@@ -102,8 +102,8 @@ class Moment:
 
 
 def refine(trunk, head, ids, mask, config, rng=None, use_cache=True):
-    """Fills every [MASK] of ids (B, T), in inference mode; yields a Step after each step, the last of which holds none. For
-    trunk and head see Canvas; `rng` is on the device of ids."""
+    """Fills every [MASK] of ids (B, T), in inference mode. Yields a Step after each step; the last one has no [MASK] left.
+    For trunk and head see Canvas; `rng` is on the device of ids."""
     steps = _refine(trunk, head, ids, mask, config, rng, use_cache)
     while True:
         with torch.inference_mode():
@@ -149,12 +149,13 @@ def next_moment(canvas, committed, number, steps, config, rng):
 
 
 def may_revise(config, changed):
-    """Whether another step can open something again, where nothing is open now."""
+    """Whether another step may open a token again, when none is open now."""
     return REMASKS[config.remask].compensated or (config.remask == 'flag' and changed)
 
 
 def split_blocks(free, length):
-    """Yields the positions (B, T) of each block: in each row `length` of those that are free (B, T), from left to right."""
+    """Yields the positions (B, T) of each block: in each row the next `length` of the free ones (B, T), from left to
+    right."""
     number = (free.cumsum(1) - 1) // (length or free.size(1))
     for i in range(int(number.max()) + 1):
         yield free & (number == i)
@@ -164,7 +165,7 @@ def split_blocks(free, length):
 # the canvas
 
 class Canvas:
-    """Token ids (B, T) under refinement; `mask` where they are open. What stands in them at first never changes.
+    """Token ids (B, T) under refinement, `mask` at open positions. Tokens that are given at the start never change.
 
     trunk: ids (B, T) -> hidden states (B, T, C); head: hidden states (N, C) -> logits (N, V+1), the last one of [MASK].
     A row that has not changed since its last forward pass is not run again."""
@@ -199,7 +200,7 @@ class Canvas:
             self.known |= rows
             self.passes += rows
         for chunk in self.hidden[where].split(rows_per_chunk(self.mask + 1)):
-            with exact(chunk.device):  # bfloat16 would round the tail away that the noise is drawn in float64 for
+            with exact(chunk.device):  # bfloat16 would round the tail away, for which the noise is drawn in float64
                 logits = self.head(chunk.float()).double()
             yield logits
 
@@ -215,8 +216,8 @@ class Canvas:
 
     def predict(self, where, config, rng, score=None, columns=0):
         """Draws a token for each position of `where` (B, T) -> ids, confidences and scores (N,). The confidence is the
-        model's own probability, whatever the temperature; the score what `score` makes of its probabilities (n, V) and
-        confidences (n,). [MASK] has no part in it, unless `columns` asks for V+1."""
+        model's probability without temperature; the score is `score` of the probabilities (n, V) and confidences (n,).
+        [MASK] is excluded unless columns = V+1."""
         chunks = []
         for logits in self.logits(where):
             logits = logits[:, :columns or self.mask]
@@ -235,12 +236,12 @@ def fill(canvas, where, config, rng):
 
 
 def at_positions(where, values, elsewhere):
-    """values (N,) put where `where` (B, T) is true, `elsewhere` everywhere else -> (B, T)."""
+    """(B, T): the values (N,) in order where `where` (B, T) is true, and `elsewhere` at all other positions."""
     return torch.full(where.shape, elsewhere, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
 def top_positions(scores, among, count):
-    """Marks the `count` (B,) best of scores (B, T) in each row, of the positions `among` (B, T)."""
+    """Marks in each row the `count` (B,) best scores (B, T) among the positions `among` (B, T)."""
     order = scores.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
     return among & (order.argsort(dim=1) < count[:, None])
 
@@ -249,7 +250,7 @@ def top_positions(scores, among, count):
 # orders: (canvas, block (B, T), moment, config, rng) -> commits some of the open positions of the block
 
 def naive(canvas, block, moment, config, rng):
-    """Draws at all open positions, [MASK] among the predictions; keeps what is not."""
+    """Draws a token or [MASK] for every open position, and commits those that are not [MASK]."""
     where = canvas.open(block)
     ids, confidence, _ = canvas.predict(where, config, rng, columns=canvas.mask + 1)
     kept = ids != canvas.mask
@@ -263,7 +264,7 @@ def ancestral(canvas, block, moment, config, rng):
 
 
 def equal_count(open_, moment):
-    """How many (B,) of the open positions (B, T) a step commits: what is over goes to the first steps."""
+    """How many (B,) of the open positions (B, T) a step commits; the first steps commit the remainder."""
     left = moment.steps - moment.number
     return (open_.sum(1) + left - 1) // left
 
@@ -276,7 +277,7 @@ def at_random(canvas, block, moment, config, rng):
 
 
 def by_score(canvas, block, moment, config, rng, score):
-    """Commits an equal share of the open positions, those of the best score of what was drawn for them."""
+    """Draws a token for every open position, and commits an equal share of them, those with the best scores."""
     where = canvas.open(block)
     if not where.any():
         return
@@ -286,7 +287,7 @@ def by_score(canvas, block, moment, config, rng, score):
 
 
 def threshold(canvas, block, moment, config, rng):
-    """Commits all of enough confidence, and in each row the most confident."""
+    """Commits all with enough confidence, and in each row at least the most confident."""
     where = canvas.open(block)
     if not where.any():
         return
@@ -327,8 +328,8 @@ class Remask:
     """
     A rule that opens committed tokens again.
 
-    probability: see above. remdm: whether the forward process makes up for it, by committing more (defined for `ancestral`
-    alone). alphas: time -> what share is committed by then. eta: how much is opened where --eta does not say.
+    probability: see above. remdm: whether the forward process compensates it by committing more (defined for `ancestral`
+    alone). alphas: time -> the share committed by then. eta: the default of --eta.
     """
     probability: Callable
     compensated: bool = False
@@ -371,7 +372,7 @@ T_ON, T_OFF, ALPHA_ON = 0.55, 0.05, 0.9  # of remdm-loop, as published
 
 
 def looped(canvas, committed, config, t, s, alpha_t, alpha_s, eta):
-    """Only while alpha stands still."""
+    """Opens tokens only while alpha is constant."""
     return capped(canvas, committed, config, t, s, alpha_t, alpha_s, eta if T_OFF < t <= T_ON else 0.0)
 
 

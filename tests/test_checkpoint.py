@@ -230,7 +230,7 @@ def test_a_full_disk(fork, tmp_path):
     process = fork(save_with_a_full_disk, str(tmp_path / 'run'))
     process.join()
     said = (tmp_path / 'fork.out').read_text()
-    assert process.exitcode == 2 and said.count('\n') == 1 and 'untouched' in said, said
+    assert process.exitcode == 2 and said.count('\n') == 1 and 'unchanged' in said, said
     assert number_of(tmp_path / 'run' / 'ckpt.pt') == 1 == number_of(tmp_path / 'run' / 'ckpt_best.pt')
     assert sorted(os.listdir(tmp_path / 'run')) == ['ckpt.pt', 'ckpt_best.pt']
 

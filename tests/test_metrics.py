@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_model import make
 
-from nanodrift import kernels, metrics
+from nanodrift import kernels
 from nanodrift.data import Stream, derive_seed
 from nanodrift.kernels import IGNORE
 from nanodrift.machine import Ranks
