@@ -28,8 +28,6 @@ from nanodrift.sampling import sample_logits
 
 TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
-# parameters of two or more dimensions that must not decay
-NO_DECAY = ('drift_param', 'baseline', 'diffusion_param', 'frequencies', 'codebook', 'look')
 ADAPTIVE, DRIFT = {'heat_t': 'adaptive'}, {'diffusion_objective': 'drift'}  # what some options need
 REPAIR = {'types': 'diffusion', 'at_least': 0, 'needs': {'diffusion_objective': 'repair'}}
 FIELD = {'types': ('drifting', 'diffusion'), 'needs': DRIFT}  # options of the field
@@ -303,9 +301,10 @@ class GPT(nn.Module):
         self.layers = [kernels.Recomputed(block) for block in self.layers]
 
     def decay_groups(self, weight_decay):
-        """Parameter groups for the optimizer: matrices and embeddings decay; biases, gains and NO_DECAY do not."""
+        """Parameter groups for the optimizer: matrices and embeddings decay, which are called `weight` and have two
+        dimensions. Biases, gains and all other parameters do not, whatever their shape."""
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        matrices = {name for name, p in trainable.items() if p.dim() >= 2 and name.rpartition('.')[2] not in NO_DECAY}
+        matrices = {name for name, p in trainable.items() if p.dim() >= 2 and name.endswith('.weight')}
         return [{'params': [p for name, p in trainable.items() if name in matrices], 'weight_decay': weight_decay},
                 {'params': [p for name, p in trainable.items() if name not in matrices], 'weight_decay': 0.0}]
 

@@ -97,8 +97,8 @@ class TrainConfig:
 class Trainer:
     """One run: model, optimizer, data and log, and the loop over them.
 
-    `resumed` is the checkpoint that the run goes on from, or None; `objective` takes the place of the model's own, and
-    `experiment` are the settings of the script that brings it, which alone can go on with the run."""
+    `resumed`: the checkpoint that the run goes on from, or None. `objective` replaces the model's own. `experiment`: the
+    settings of the script that provides it; only that script can resume the run."""
 
     def __init__(self, config, model_config, ranks, resumed=None, objective=None, experiment=None):
         self.config, self.ranks, self.experiment = config, ranks, experiment
@@ -108,7 +108,7 @@ class Trainer:
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.evaluated_iter, self.saved_iter = -1, -1
-        self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
+        self.commit = checkpoint.commit()  # now, since the files may have changed by the time of a save
         self.run_id, self.parents = uuid.uuid4().hex, []
         self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
@@ -129,12 +129,12 @@ class Trainer:
         self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
-            resumed.clear()  # its tensors are copied or in use: what is left of them need not stay in memory
+            resumed.clear()  # frees its tensors: those that are needed have been copied
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
+        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM arrives."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         while True:
@@ -187,7 +187,7 @@ class Trainer:
             self.log.step(total, lr, float(norm), time.perf_counter() - started)
 
     def _batch(self, micro):
-        """The micro-batch with this number among all of all ranks and iterations."""
+        """The micro-batch with this number, counted over all ranks and iterations."""
         B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
         windows = self.windows['train']
         rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, micro))
@@ -204,8 +204,8 @@ class Trainer:
         return [t if t is None else t.to(device) for t in tensors]
 
     def _check_finite(self, loss, norm):
-        """Ends the run before the update that would break the weights. With float16 an infinite gradient now and then is
-        ordinary: the scaler skips the update and halves its scale, but not for ever."""
+        """Ends the run before the update that would break the weights. With float16 an occasional infinite gradient is
+        normal: the scaler skips the update and halves its scale. At a scale below 1e-3 it ends the run."""
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             return
@@ -213,7 +213,8 @@ class Trainer:
                          f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
 
     def _checkpoint_and_evaluate(self):
-        """Saves before evaluating, so that nothing is lost should evaluation fail, and again if it was the best yet."""
+        """Saves before evaluating, so that a failing evaluation loses nothing; saves again when the loss is the best so
+        far."""
         keep = self.iter_num > 0 and not self.config.eval_only
         if keep:
             self.save('last')
@@ -254,18 +255,19 @@ class Trainer:
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
-        if self.ranks.world_size == 1:  # torchrun may pass on what the rank had already, and kills in the end anyway
+        if self.ranks.world_size == 1:  # torchrun may repeat a signal that the rank already received
             signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
     def _stopping(self):
-        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
+        """Whether to stop now. Ranks decide together, because a signal reaches them at different moments."""
         agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
             flag = torch.tensor(agreed, device=self.ranks.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             agreed = int(flag)
         if agreed:
-            self.stop_signal = agreed  # only now: one that came in the meantime waits for the next iteration
+            # set here, so that a signal received since is handled one iteration later on all ranks together
+            self.stop_signal = agreed
             self.say(f'stopped by {signal.Signals(agreed).name} after iteration {self.iter_num}; go on with '
                      f'{self.resume_with()}')
         return bool(agreed)
@@ -280,7 +282,8 @@ class Trainer:
         return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed, limit)
 
     def _build_model(self, model_config, resumed):
-        """A new model, one with another's weights, or an empty one for a checkpoint's."""
+        """A new model: randomly initialised, or with weights copied from init_from. On resume its weights are loaded
+        later."""
         c = self.config
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
@@ -301,7 +304,7 @@ class Trainer:
             if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
                 raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
             check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
-            if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
+            if source is not None and model_config.model_type == 'drifting':  # its outputs are embeddings of its encoder
                 checkpoint.check_encoder(model, source)
             ancestors = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in ancestors if name not in self.parents)]
@@ -362,7 +365,7 @@ class Trainer:
         return ('--resume=' if self.experiment else '--init_from=resume --out_dir=') + self.config.out_dir
 
     def _restore(self, state):
-        """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
+        """Loads the weights and everything else of a checkpoint. Its tensors are copied, so that the caller can free it."""
         checkpoint.check_encoder(self.model, state)
         checkpoint.load_weights(self.model, state['model'])
         if self.ema:
@@ -370,7 +373,7 @@ class Trainer:
         settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
         for group, now in zip(self.optimizer.param_groups, settings):
-            group.update(now)  # it brought the old weight_decay and betas along
+            group.update(now)  # load_state_dict also loaded the old weight_decay and betas
         if state['scaler']:  # empty where the run was not in float16 before
             self.scaler.load_state_dict(state['scaler'])
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
@@ -431,7 +434,7 @@ class Schedule:
 
 
 class EMA:
-    """An exponential moving average of a model's parameters; inside `with ema:` the model has them for its own."""
+    """An exponential moving average of a model's parameters; inside `with ema:` the model has the averages."""
 
     def __init__(self, model, decay):
         self.model, self.decay = model, decay
@@ -444,7 +447,7 @@ class EMA:
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     def state(self):
-        """The model's state dict, as it is with the averages."""
+        """The model's state dict with the averages as its parameters."""
         with self:
             return self.model.state_dict()
 
@@ -460,8 +463,7 @@ class EMA:
 
 
 def fitted(config, model_args):
-    """A copy of a GPTConfig, of its type and options, in the sizes that weights of these model arguments have. The context
-    may be shorter: positions can be cut off."""
+    """A copy of `config` with the sizes of `model_args`; block_size may be smaller, since positions can be cut off."""
     shape = {k: model_args[k] for k in ('n_layer', 'n_head', 'n_embd', 'n_inner', 'bias') if k in model_args}
     return replace(config, **shape, block_size=min(config.block_size, model_args['block_size']))
 
@@ -488,7 +490,7 @@ def check_tokenizer(what_fails, state, meta):
 def check_same_model(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
     check_tokenizer('cannot resume', state, meta)
-    may_change = ('dropout', 'encoder')  # the encoder may be elsewhere; that it is the same is checked
+    may_change = ('dropout', 'encoder')  # the encoder may have moved; `check_encoder` compares its weights
     differing = [f'{k} is {v} in the checkpoint and {getattr(model_config, k)} now'
                  for k, v in asdict(config_of(state)).items()
                  if k not in may_change and getattr(model_config, k) != v]
@@ -497,8 +499,8 @@ def check_same_model(state, model_config, meta):
 
 
 def read_settings(argv):
-    """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps the settings it had; those given now,
-    in a file or on the command line, come before them."""
+    """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps its stored settings; settings given now
+    override them."""
     values, _ = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
     state = None
     if values.get('init_from') == 'resume':

@@ -13,6 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from model import GPTConfig
 from nanodrift.options import UserError, configure, option, run
 from nanodrift.report import figure, reliability
 
@@ -97,8 +98,8 @@ def against_depth(axes, runs):
 
 def time_law(axes, runs):
     depths = range(2, 1 + max(4, *(r.layers for r in runs)))
-    axes.plot(depths, [0.28 * math.sqrt(4 / depth) for depth in depths], color='gray', linestyle='--',
-              label='0.28 * sqrt(4 / L)')
+    law = [GPTConfig(model_type='heat', n_layer=depth).heat_time() for depth in depths]
+    axes.plot(depths, law, color='gray', linestyle='--', label='0.28 * sqrt(4 / L)')
     for r in runs:
         times = r.last('val_diffusion_times')
         if times:

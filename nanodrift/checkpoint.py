@@ -127,9 +127,8 @@ def start_from(model, weights, rows=None):
     """
     Copies `weights` (a state dict) into a model of maybe another type; returns the names that start fresh.
 
-    `rows` is how many rows of the embedding matrix have been trained, vocab_size where nothing is said. What may be missing
-    is what the type has and GPT-2 has not, and only all of it. Raises UserError naming any other weight that is missing,
-    not known here or of another shape.
+    `rows`: how many rows of the embedding matrix are trained (default vocab_size). Parameters that GPT-2 does not have may
+    be missing, but only all together. Any other missing, unknown or differently shaped weight raises UserError.
     """
     own, weights, fresh = model.state_dict(), dict(weights), []
     rows = model.config.vocab_size if rows is None else rows

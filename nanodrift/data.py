@@ -1,9 +1,9 @@
 """
-Windows of tokens out of data/<name>/{train,val}.bin, in an order that is a pure function of the seed and a number.
+Windows of tokens from data/<name>/{train,val}.bin, in an order that is a pure function of the seed and a number.
 
-The position in the data is one integer, the examples seen so far: it needs no state to resume, and any number of ranks
-reads the same examples. Likewise every random number that does not come out of torch's global state comes out of one of the
-streams that are named here.
+The position in the data is one integer, the number of examples seen. Resuming needs no other state, and the examples do not
+depend on the number of ranks. Random numbers of training, evaluation and drifting come from the streams named here; those of
+initialisation and dropout come from torch's global state.
 """
 import glob
 import json
@@ -27,9 +27,9 @@ class Stream(IntEnum):
     TRAIN_BATCH = 3      # masks, replaced tokens and noise of a micro-batch of training
     EVAL_BATCH = 4       # the same in evaluation
     SAMPLES = 5          # what evaluate.py draws from models
-    HELD_OUT = 6         # which windows of held-out text samples are compared with
+    HELD_OUT = 6         # the windows of held-out text that samples are compared with
     REFERENCE_ROWS = 7   # samples of n-gram models, shuffled spans
-    FIRST_TOKENS = 8     # that samples of causal models go on from
+    FIRST_TOKENS = 8     # the first tokens of samples of causal models
     DRIFT_TARGETS = 9    # positions and prefix lengths of an iteration of drifting
     SHOWN_TEXTS = 10     # samples in a report
     # of experiments/, where numbers may repeat: no seed is used for both
@@ -56,7 +56,8 @@ def derive_seed(*numbers):
 
 
 def permute(k, n, seed):
-    """Where the k-th (uint64 array, k < n) goes in a pseudo-random permutation of range(n), without storing one.
+    """The position of element k (uint64 array, k < n) in a pseudo-random permutation of range(n), computed without storing
+    it.
 
     A four-round Feistel network over the next even power of two, walked along its cycle until it lands below n
     (Black and Rogaway 2002); an epoch of a corpus at stride 1 would not fit in memory as a list."""
@@ -147,8 +148,8 @@ def prepare_command(name):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, as a dict. Raises UserError, with the command that makes it, where the data set is
-    missing or incomplete."""
+    """The meta.json of a data set, as a dict. If the data set is missing or incomplete, raises UserError with the command
+    that makes it."""
     data_dir, name = os.path.split(os.path.abspath(folder))
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:

@@ -5,7 +5,7 @@ The fused head              loss and gradients of a large vocabulary, its logits
 Score statistics            the statistics of adaptive heat; plain: `plain_score_statistics` in model.py
 Rotation                    rotary positions as products of complex numbers; plain: `plain_rotate` in rotary.py
 KV cache                    keys and values of earlier positions, which a step of generation does not compute again
-Widened heads               extra coordinates of q and k, which pass a bias of the scores through the fused attention
+Widened heads               extra coordinates that pass a bias of the scores through the fused attention
 Recomputed blocks           activations computed again in the backward pass: less memory, more time
 Packed linears              weights in the layout that a step of generation on a CPU reads fastest; plain: nn.Linear
 
@@ -312,8 +312,8 @@ def pack_weights(model, rows):
 
 
 def packed_linear(weight, bias, rows):
-    """A function x (..., K) -> x @ weight^T + bias (..., N) over a copy of weight (N, K), float32 on a CPU, in the layout
-    that is fastest to read for so many rows of x: reading the weights is what such a product takes its time for."""
+    """Returns x (..., K) -> x @ weight^T + bias (..., N), using a copy of weight (N, K), float32 on a CPU, in the layout
+    that is fastest to read for this many rows of x; reading weights dominates the time."""
     if rows == 1 and len(weight) > weight.size(1) and bias is None:  # MKL adds long columns faster than it sums short rows
         columns = weight.t().contiguous()
         return lambda x: x @ columns

@@ -1,9 +1,9 @@
 """
-What is measured of a model, in training and in evaluation alike.
+The metrics of a model, in training and in evaluation alike.
 
-A metric is an object that says itself how two of its kind become one: `Mean` adds a sum and a count, `Rows` keeps a row of
-each example, `Calibration` adds up bins. Batches, chunks of logits and ranks are combined by `combine`, and `summarize`
-turns metrics into numbers.
+Each metric class defines how several of its values become one: `Mean` adds sums and counts, `Rows` keeps a row of each
+example, `Calibration` adds up bins. `combine` joins batches, chunks of logits and ranks, and `summarize` turns metrics into
+numbers.
 """
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ CALIBRATION_BINS = 15
 
 @dataclass
 class Mean:
-    """A sum over positions or examples, and over how many."""
+    """A sum over positions or examples, and their number."""
     total: torch.Tensor
     count: torch.Tensor
 
@@ -39,7 +39,7 @@ class Mean:
 
 @dataclass
 class Rows:
-    """A row of each example (N, ...), one batch behind the other."""
+    """A row of each example (N, ...), batch after batch."""
     rows: torch.Tensor
 
     @classmethod
@@ -51,11 +51,11 @@ class Rows:
 class Calibration:
     """
     How far the confidence in the most likely token can be trusted: sums over positions, and bins of equal width in
-    confidence, for each the number of positions, their confidences and how many were right. `value` gives
+    confidence. Each bin has the number of positions, the sum of their confidences, and how many were right. `value` gives
 
     ece: sum over bins of n_bin / n * |accuracy - confidence| (Guo et al. 2017, arXiv 1706.04599)
     brier: over the whole vocabulary, sum_v (p_v - onehot_v)^2; brier_top1: (confidence - correct)^2
-    confidence, accuracy, overconfidence (the one minus the other); entropy in nats: mean, _std, _min, _max
+    confidence, accuracy, overconfidence (confidence minus accuracy); entropy in nats: mean, _std, _min, _max
     bins: (positions, mean confidence, accuracy) of each, for a reliability diagram
 
     `suffix` is put behind each of these names.
@@ -144,7 +144,7 @@ def calibrated_predictions(logits, targets):
 
 
 def over_chunks(model, x, targets, measure):
-    """What `measure(logits, targets)` finds in the logits of hidden states x (..., C), which are never held all at once."""
+    """{name: metric} of `measure(logits, targets)` over the logits of hidden states x (..., C), a chunk at a time."""
     rows = rows_per_chunk(model.config.vocab_size)
     chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
     return combine([measure(model.head(chunk), y) for chunk, y in chunks])
@@ -153,11 +153,11 @@ def over_chunks(model, x, targets, measure):
 @torch.no_grad()
 def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype, draws=1, counted=0):
     """
-    {name: metric} that `measure(X, Y, W)` finds in the windows at these offsets.
+    {name: metric} of `measure(X, Y, W)` over the windows at these offsets.
 
     Batches are dealt to the ranks and combined in one order, so that any number of ranks gives the same number; no random
-    state moves. Each window is drawn `draws` times, of which Rows keep the mean. With `counted` only so many predictions at
-    the end of a window count, but all of the first.
+    state moves. With draws > 1 every window is masked anew each time; Rows keep the mean. With `counted`, only the last
+    `counted` predictions of a window count, except in the first window.
     """
     batches = [offsets[i:i + batch_size] for i in range(0, len(offsets), batch_size)]
     todo = [(draw, i) for draw in range(draws) for i in range(len(batches))]

@@ -772,7 +772,7 @@ ADAPTIVE = {'model_type': 'heat', 'heat_t': 'adaptive'}
     ({'model_type': 'heat', 'heat_form': 'cold'}, 'heat_form.*not one of: dot, distance'),
     ({'model_type': 'rotating', 'rotating_head': 'x'}, 'rotating_head.*not one of: lr, gp'),
     ({'model_type': 'parallel', 'parallel_merge': 'x'}, 'parallel_merge.*not one of: mean, add, concat'),
-    ({'model_type': 'cold'}, 'model_type.*not one of: gpt2, dd, heat, rotating, parallel, duo, diffusion'),
+    ({'model_type': 'cold'}, 'model_type.*not one of: gpt2, dd, heat, rotating'),
 ])
 def test_options_that_make_no_sense_are_rejected(wrong, reason):
     with pytest.raises(UserError, match=reason):
