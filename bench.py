@@ -37,7 +37,7 @@ SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': Fa
 class BenchConfig:
     """What to measure, and how often."""
     against: str = option('', 'path of a nanoGPT checkout to measure side by side')
-    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains one of each type; "
+    part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains all variants; "
                        "'refine' generates by diffusion and by gpt2",
                        ('speed', 'train', 'generate', 'loss', 'types', 'refine'))
     max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each', items=int,

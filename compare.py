@@ -108,7 +108,7 @@ class CompareConfig:
 
 @dataclass
 class Planned:
-    """A run that the comparison needs: what train.py is told, but for how long, and what it makes of that."""
+    """A run that the comparison needs: the arguments of train.py, except for the length, and the configs that they give."""
     name: str
     variant: str
     folder: str
@@ -121,15 +121,18 @@ class Planned:
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
 
     def length(self, max_iters):
-        """Arguments that make it a run of so many iterations: of the recipe's schedule the warmup stays, at most a tenth;
-        its evaluations, of which each batch costs a third of an iteration and is drawn from both splits, take no longer
-        than the training."""
+        """Arguments for a run of max_iters iterations. Warmup is kept, but at most a tenth of the run. eval_iters is limited
+        so that evaluation takes no longer than training: a batch of evaluation costs about a third of a training batch, and
+        is read from both splits."""
         c, often = self.config, max(1, max_iters // EVALUATIONS)
         interval = min(c.eval_interval, often)
-        evaluations, batches = max_iters // interval + 1, max_iters * c.gradient_accumulation_steps
+        evaluations = max_iters // interval + 1
+        twice = self.model_config.diffusion_objective == 'repair' and self.model_config.model_type == 'diffusion'
+        # repair evaluates each row masked in two ways
+        limit = max(1, max_iters * c.gradient_accumulation_steps // (evaluations * (1 + twice)))
+        asked = c.eval_iters or len(self.windows('val')) // c.batch_size + 1
         values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': interval,
-                  'log_interval': min(c.log_interval, often),
-                  'eval_iters': min(c.eval_iters or batches, max(1, batches // evaluations))}
+                  'log_interval': min(c.log_interval, often), 'eval_iters': c.eval_iters if asked <= limit else limit}
         if not c.warmup_ratio:
             per_epoch = self.windows('train').tokens
             warmup = c.warmup_iters or round(c.warmup_epochs * per_epoch / self.tokens_per_iter)
@@ -177,10 +180,10 @@ def needs_encoder(name):
 
 
 def plan_one(config, name, variant, seed, folder):
-    """A Planned run; what a recipe for all types says of a type's own options gives way to what the variant says."""
+    """A Planned run. If a recipe for all types sets options of one type, those of the variant replace them."""
     changes = VARIANTS[variant]
     kind = changes.get('model_type', 'gpt2')
-    own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these have rates of their own
+    own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these two have a recipe of their own
     recipe = os.path.join(HERE, 'config', 'compare', f'{kind}.py') if own else config.recipe
     values = read_config_file(recipe)
     if values.get('init_from', 'scratch') != 'scratch' or values.get('eval_only'):
@@ -208,8 +211,8 @@ def last_state(folder):
 
 
 def finished(folder, state, max_iters):
-    """Whether a run of this last checkpoint, which may be None, has been evaluated after its last iteration. The checkpoint
-    says so where that was the best evaluation, and is not written again where it was not."""
+    """Whether the run with this last checkpoint, which may be None, has been evaluated after its last iteration. The
+    checkpoint records that evaluation only if it was the best; else metrics.jsonl has it."""
     if state is None or state['iter_num'] != max_iters:
         return False
     losses = [entry['val_loss'] for entry in report.read_lines(folder)

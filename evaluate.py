@@ -83,7 +83,7 @@ class EvalConfig:
 @dataclass
 class DrawConfig(RefineConfig):
     """RefineConfig for samples that are measured: as learned, unless said otherwise."""
-    max_steps: int = option(64, 'steps, over all blocks together; threshold takes as many as it needs', at_least=1)
+    max_steps: int = option(64, 'steps in total; threshold takes as many as it needs', at_least=1)
     temperature: float = option(1.0, '1 is as learned, lower is safer, 0 always takes the argmax', at_least=0)
     top_k: int = option(0, 'draw from the k most likely tokens; 0 from all', at_least=0)
 

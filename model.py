@@ -189,12 +189,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, and what all model types share. `GPT(config)` makes a model of the class that TYPES has for config.model_type.
-    `encoder`: a trained gpt2 model, in whose features types with config.has_encoder compare text."""
+    """GPT-2, and what all model types share. `GPT(config)` is a model of the class that TYPES has for config.model_type;
+    `encoder` is the trained gpt2 model that types with config.has_encoder compare text in."""
 
     def __new__(cls, config=None, encoder=None):
-        # config is None when a model is copied or unpickled
-        return super().__new__(cls if config is None else TYPES[config.model_type].model)
+        # config is None when a model is copied or unpickled; a subclass that TYPES does not name stays what it is
+        model = cls if config is None else TYPES[config.model_type].model
+        return super().__new__(model if issubclass(model, cls) else cls)
 
     def __init__(self, config, encoder=None):
         super().__init__()
@@ -293,7 +294,7 @@ class GPT(nn.Module):
         if self.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
             torch._inductor.config.fallback_random = True
         for block in self.layers:
-            block.compile(dynamic=False)  # few shapes occur, and code for a fixed shape is faster
+            block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
 
     def recompute_blocks(self):
         """Gradient checkpointing: less memory, slower."""
@@ -329,7 +330,7 @@ class GPT(nn.Module):
 class DriftDiffusionAttention(Attention):
 
     def __init__(self, config, layer):
-        """Parameters have their published names. Shapes: (H, D) as published, else one number per head or for all."""
+        """Parameters by their published names; shapes (H, D) as published, else one number per head or for all."""
         super().__init__(config, layer)
         H, D = config.n_head, config.n_embd // config.n_head
         shape = (H, D) if config.published else (H, 1) if config.baseline_each_head else (1, 1)
@@ -397,9 +398,9 @@ class DiffusionTime(nn.Module):
         nn.init.constant_(self.mlp[-1].bias, (self.log_min + self.log_max) / 2)
 
     def forward(self, q, k):
-        """q (B, H, Tq, D), k (B, H, Tk, D) -> t (B, H, Tq, 1), float32. The queries are the last Tq of the Tk positions.
+        """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
 
-        published: the statistics are averaged over all queries. All share one t, (B, H, 1, 1), which sees the future."""
+        published: the statistics are averaged over all queries, so that one t, (B, H, 1, 1), sees the future."""
         (B, H, Tq, D), Tk = q.shape, k.size(2)
         q = q / math.sqrt(D)
         top, purity, *_ = kernels.score_statistics(q.flatten(0, 1), k.flatten(0, 1))  # `plain_score_statistics`
@@ -418,7 +419,7 @@ class DiffusionTime(nn.Module):
 
 
 def plain_score_statistics(q, k):
-    """q, k (N, T, D) -> for each query i the maximum of its scores s_ij = q_i . k_j, j <= i, and sum_j softmax(s_i)_j^2."""
+    """Of the scores q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2. q, k (N, T, D)."""
     scores = (q @ k.mT).float().masked_fill(q.new_ones(q.size(1), k.size(1)).triu(1).bool(), -math.inf)
     return scores.amax(-1), scores.softmax(-1).square().sum(-1)
 
@@ -529,13 +530,12 @@ class DuoBlock(Block):
 class DuoGPT(GPT):
 
     def forward(self, idx, targets=None, weights=None, return_logits=True):
-        """As for gpt2. With targets and weights (B, T + T-1), first those of the tokens, then those of the masks, the masks
-        are trained as well."""
+        """As for gpt2. Targets and weights may be (B, T + T-1): those of the tokens, then those of the masks."""
         fill = targets is not None and targets.size(1) > idx.size(1)
         return super().forward(idx, targets, weights, return_logits, fill=fill)
 
     def trunk(self, idx, cache=None, fill=False):
-        """As for gpt2; with `fill` the hidden states of the tokens, then those of the masks, (B, T + T-1, C)."""
+        """As for gpt2; with `fill` the hidden states of the masks come behind those of the tokens, (B, T + T-1, C)."""
         T = idx.size(1)
         if not fill or T == 1:
             return super().trunk(idx, cache)
@@ -556,7 +556,7 @@ class DuoGPT(GPT):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion: masked refinement (Sahoo et al., arXiv 2406.07524). Attention looks both ways; [MASK] = vocab_size is one more
-# id. nanodrift/refinement.py has the orders and the rules of remasking.
+# id. nanodrift/refinement.py has the orders and what is taken back.
 
 class DiffusionAttention(Attention):
     causal = False
@@ -581,7 +581,7 @@ class DiffusionAttention(Attention):
 
 
 class NoPositions(nn.Module):
-    """Takes the place of wpe in models that have rotary positions only."""
+    """In place of wpe where rotary positions are all there is."""
 
     def __init__(self, block_size):
         super().__init__()
@@ -635,7 +635,7 @@ class DiffusionGPT(EncodedGPT):
 
     def generate_diffusion(self, idx, max_steps=RefineConfig.max_steps, temperature=RefineConfig.temperature,
                            top_k=RefineConfig.top_k, seed=None, **options):
-        """Token ids (B, T), [MASK] (= vocab_size) at open positions -> the same with these filled in.
+        """Token ids (B, T), [MASK] (= vocab_size) where they are open -> the same filled in; what is fixed stays as it is.
 
         `options` are those of RefineConfig; raises UserError where they contradict each other or the objective."""
         config = RefineConfig(max_steps=max_steps, temperature=temperature, top_k=top_k or 0, **options)
@@ -683,7 +683,7 @@ class GeneratorBlock(nn.Module):
         self.modulation = nn.Linear(C, 6 * C, bias=False)
 
     def forward(self, x, condition, mask=None):
-        """x (B, T, C), condition (B, C) -> (B, T, C). mask (T, T): True where a query (row) may see a key (column)."""
+        """x (B, T, C), condition (B, C) -> (B, T, C). mask (T, T) says who may see whom."""
         B, T, C = x.shape
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = F.rms_norm(x, (C,)) * (1 + scale_1) + shift_1
@@ -700,7 +700,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (B, T, C), style indices (B, 32) and given embeddings (B, P, C) -> embeddings (B, T, C), in one pass."""
+    """Noise (B, T, C), style indices and maybe given embeddings -> embeddings (B, T, C), all in one pass."""
 
     def __init__(self, config):
         super().__init__()
@@ -827,7 +827,7 @@ def contradictions(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models from checkpoints
+# models out of checkpoints
 
 def load_model(state, device='cpu'):
     """The trained model in a checkpoint, in evaluation mode, with averaged weights if the checkpoint has them. A token-drift
@@ -847,7 +847,7 @@ def load_model(state, device='cpu'):
 
 
 def load_encoder(name):
-    """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says where it is from:
+    """The gpt2 model of a run's folder, or of 'hf:NAME_OR_FOLDER', in evaluation mode. Its `source` says whose it is:
     run_id, parents, tokenizer, fingerprint. Raises UserError if it is of another type."""
     try:
         state = huggingface.open_run(name)

@@ -31,7 +31,7 @@ class SampleConfig:
     """What to sample, from what, and how."""
     out_dir: str = option('out', 'folder of the run to sample from')
     ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
-    init_from: str = option('resume', "'resume' reads out_dir; 'hf:NAME_OR_FOLDER' reads GPT-2 weights instead")
+    init_from: str = option('resume', "'resume' reads out_dir; 'hf:NAME_OR_FOLDER' reads an exported model or GPT-2")
     start: str = option('\n', 'the prompt, or FILE:path to read it from; empty is the start of a new document')
     num_samples: int = option(10, 'how many samples; a single one is streamed', at_least=1)
     max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner', at_least=1)

@@ -108,7 +108,7 @@ class Trainer:
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.evaluated_iter, self.saved_iter = -1, -1
-        self.commit = checkpoint.commit()  # now, since the files may have changed by the time of a save
+        self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
         self.run_id, self.parents = uuid.uuid4().hex, []
         self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
@@ -129,12 +129,12 @@ class Trainer:
         self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
-            resumed.clear()  # frees its tensors: those that are needed have been copied
+            resumed.clear()  # its tensors are copied or in use: what is left of them need not stay in memory
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM arrives."""
+        """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         while True:
@@ -259,7 +259,7 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
     def _stopping(self):
-        """Whether to stop now. Ranks decide together, because a signal reaches them at different moments."""
+        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
         agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
             flag = torch.tensor(agreed, device=self.ranks.device)
@@ -304,7 +304,7 @@ class Trainer:
             if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
                 raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
             check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
-            if source is not None and model_config.model_type == 'drifting':  # its outputs are embeddings of its encoder
+            if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
                 checkpoint.check_encoder(model, source)
             ancestors = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in ancestors if name not in self.parents)]
@@ -365,7 +365,7 @@ class Trainer:
         return ('--resume=' if self.experiment else '--init_from=resume --out_dir=') + self.config.out_dir
 
     def _restore(self, state):
-        """Loads the weights and everything else of a checkpoint. Its tensors are copied, so that the caller can free it."""
+        """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         checkpoint.check_encoder(self.model, state)
         checkpoint.load_weights(self.model, state['model'])
         if self.ema:
@@ -434,7 +434,7 @@ class Schedule:
 
 
 class EMA:
-    """An exponential moving average of a model's parameters; inside `with ema:` the model has the averages."""
+    """An exponential moving average of a model's parameters; inside `with ema:` the model has them for its own."""
 
     def __init__(self, model, decay):
         self.model, self.decay = model, decay
@@ -447,7 +447,7 @@ class EMA:
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     def state(self):
-        """The model's state dict with the averages as its parameters."""
+        """The model's state dict, as it is with the averages."""
         with self:
             return self.model.state_dict()
 

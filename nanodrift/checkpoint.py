@@ -1,7 +1,7 @@
 """
 Checkpoints: tensors and plain Python values only, written so that a reader never sees half of one.
 
-Files first, then weights into an existing model; `load_model` in model.py builds a model from a checkpoint.
+Files first, then weights into a model that is there; model.py builds one from a checkpoint (`load_model`).
 """
 import hashlib
 import os
@@ -169,14 +169,14 @@ def fingerprint(weights):
 
 
 def check_encoder(model, state):
-    """Raises UserError if the encoder that was loaded for a model is not the one that it was trained with."""
+    """Raises UserError where the encoder that a model finds is not the one that it was trained with."""
     if model.encoder is not None and state.get('encoder') not in (None, model.encoder.source['fingerprint']):
         raise UserError(f'encoder={model.config.encoder} is not what this model was trained with: put the former '
                         'weights there, or name where they are, train.py --encoder=FOLDER')
 
 
 def commit():
-    """The commit of this code, with '-dirty' if files were changed; None outside a git checkout."""
+    """The commit of this code, '-dirty' behind it where files were changed; None outside a git checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         words = ['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']

@@ -27,9 +27,9 @@ class Stream(IntEnum):
     TRAIN_BATCH = 3      # masks, replaced tokens and noise of a micro-batch of training
     EVAL_BATCH = 4       # the same in evaluation
     SAMPLES = 5          # what evaluate.py draws from models
-    HELD_OUT = 6         # the windows of held-out text that samples are compared with
+    HELD_OUT = 6         # which windows of held-out text samples are compared with
     REFERENCE_ROWS = 7   # samples of n-gram models, shuffled spans
-    FIRST_TOKENS = 8     # the first tokens of samples of causal models
+    FIRST_TOKENS = 8     # that samples of causal models go on from
     DRIFT_TARGETS = 9    # positions and prefix lengths of an iteration of drifting
     SHOWN_TEXTS = 10     # samples in a report
     # of experiments/, where numbers may repeat: no seed is used for both
@@ -148,8 +148,8 @@ def prepare_command(name):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, as a dict. If the data set is missing or incomplete, raises UserError with the command
-    that makes it."""
+    """The meta.json of a data set, as a dict. Raises UserError, with the command that makes it, where the data set is
+    missing or incomplete."""
     data_dir, name = os.path.split(os.path.abspath(folder))
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:

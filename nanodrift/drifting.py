@@ -31,7 +31,7 @@ STACKS = (2, 4)  # neighbouring tokens whose embeddings together are a feature
 POSITIONS_PER_SET = 4  # positions whose stacks form one feature set: with four times the points the field is less noisy
 QUEUE = 1000  # how many examples before those of an iteration additional positives are drawn from
 STYLES, STYLE_INDICES = 64, 32
-MEASURED = 256  # samples measured together, since field and distances depend on their number
+MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
 SHARPNESS = 3.0  # of the softmax over the vocabulary: see `nearness`
 
 
@@ -123,7 +123,7 @@ def pool(states, positions):
 
 
 def state_features(encoder, embeddings, positions):
-    """Input embeddings (B, T, C) -> {name: feature set (S, B, C)} of the hidden states of a frozen GPT."""
+    """{name: feature set (S, B, C)} of the hidden states that a frozen GPT has for input embeddings (B, T, C)."""
     depths, features = feature_depths(encoder.config.n_layer), {}
     for depth, states in zip(depths, hidden_states(encoder, embeddings, depths)):
         features |= {f'{depth}_{name}': values for name, values in pool(states, positions).items()}
@@ -147,8 +147,8 @@ def token_features(encoder, embeddings, positions):
 
 
 def group_positions(x):
-    """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET positions each, or one set of all if
-    there are fewer. If n does not divide P, the last two sets share positions, and these count twice."""
+    """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET of them each, or of all where there are
+    fewer. Where n does not divide P, the last set shares some with the one before, and these count twice."""
     n = min(POSITIONS_PER_SET, x.size(1))
     starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
     sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
@@ -171,7 +171,8 @@ def expected_embedding(x, embedding, logits_of):
     """x (N, C), embeddings (V, C') -> mean embeddings (N, C') under the softmax of logits_of(x) (N, V). Logits are large:
     they are computed in chunks, and again in the backward pass."""
     def mean(chunk):
-        return logits_of(chunk).float().softmax(-1).to(embedding.dtype) @ embedding
+        p = logits_of(chunk).float().softmax(-1).to(embedding.dtype)
+        return (p @ embedding).to(embedding.dtype)  # autocast multiplies in 16 bits
     chunks = x.split(rows_per_chunk(len(embedding)))
     return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in chunks])
 
@@ -245,8 +246,8 @@ class Field:
 
 
 def drift_loss(model, embeddings, field_):
-    """Sum over feature sets of the mean squared distance between the features of embeddings (B, T, C) and the targets of
-    their Field. Gradients flow through the features alone."""
+    """Sum over feature sets of the mean squared distance of the features of embeddings (B, T, C) from the targets of their
+    Field; gradients flow through the features alone."""
     features = FEATURES[model.config.drift_features](model.encoder, embeddings, field_.positions)
     return sum((features[name].float() / scale - field_.targets[name]).square().mean()
                for name, scale in field_.scales.items())
@@ -291,8 +292,8 @@ def make_fields(generated, real, positions, ids, ranks, config):
 
 @torch.no_grad()
 def compute_drift_targets(model, batches, ranks, rng):
-    """Replaces the real ids of each micro-batch of an iteration by its Field. `rng` must be in the same state on all
-    ranks."""
+    """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
+    `rng` is the same on all ranks."""
     positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
     length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
     generated, real, prefixes = [], [], []
@@ -306,7 +307,7 @@ def compute_drift_targets(model, batches, ranks, rng):
 
 @torch.no_grad()
 def compute_token_drift_targets(model, batches, ranks, rng):
-    """Token drift (arXiv 2605.19470): the same for micro-batches of corrupted ids, real ids and weights of the bound."""
+    """Token drift (arXiv 2605.19470): the same for corrupted ids, real ids and weights of the bound."""
     positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
     generated = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), positions) for X, _, _ in batches]
     real = [features(model.encoder, model.encoder.transformer.wte(Y), positions) for _, Y, _ in batches]

@@ -33,8 +33,8 @@ INSIDE = f'hf:./{ENCODER}'  # what its config.json calls that, wherever the expo
 
 def open_run(name, which='best'):
     """The checkpoint of a run's folder, or what 'hf:NAME_OR_FOLDER' holds in the same form: GPT-2 as Hugging Face keeps it,
-    or any type as export.py wrote it. There `tokenizer` may be None: unknown; `foreign`: what it calls itself,
-    its names are to be checked."""
+    or any type as export.py wrote it. `tokenizer` is None if unknown. `foreign` is the model_type stated in a config.json
+    that is not ours; its weight names still have to be checked."""
     if not name.startswith('hf:'):
         return checkpoint.load(checkpoint.find(name, which))
     folder = name.removeprefix('hf:')
@@ -58,7 +58,7 @@ def open_run(name, which='best'):
 
 
 def check_facts(name, facts, keys):
-    """Raises UserError where what export.py wrote of a model into its config.json is not all there, or of a wrong type."""
+    """Raises UserError where a fact that export.py writes into config.json is missing, or has a wrong type."""
     if not isinstance(facts, dict):
         raise UserError(f'{name}: {OURS} in its config.json is not what export.py writes')
     missing = [key for key in keys if key not in facts and key != 'encoder']

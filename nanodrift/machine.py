@@ -49,8 +49,8 @@ class Ranks:
 
 
 def pick_device(name, float64=False):
-    """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; auto leaves mps out where `float64` is needed, which it has
-    not. Raises UserError if this machine does not have it."""
+    """torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'. With `float64`, auto leaves out mps, which has no float64.
+    Raises UserError if this machine does not have the device."""
     if name == 'auto':
         mps = torch.backends.mps.is_available() and not float64
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'

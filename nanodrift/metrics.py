@@ -20,7 +20,7 @@ CALIBRATION_BINS = 15
 
 @dataclass
 class Mean:
-    """A sum over positions or examples, and their number."""
+    """A sum over positions or examples, and over how many."""
     total: torch.Tensor
     count: torch.Tensor
 
@@ -39,7 +39,7 @@ class Mean:
 
 @dataclass
 class Rows:
-    """A row of each example (N, ...), batch after batch."""
+    """A row of each example (N, ...), one batch behind the other."""
     rows: torch.Tensor
 
     @classmethod
@@ -51,11 +51,11 @@ class Rows:
 class Calibration:
     """
     How far the confidence in the most likely token can be trusted: sums over positions, and bins of equal width in
-    confidence. Each bin has the number of positions, the sum of their confidences, and how many were right. `value` gives
+    confidence, for each the number of positions, their confidences and how many were right. `value` gives
 
     ece: sum over bins of n_bin / n * |accuracy - confidence| (Guo et al. 2017, arXiv 1706.04599)
     brier: over the whole vocabulary, sum_v (p_v - onehot_v)^2; brier_top1: (confidence - correct)^2
-    confidence, accuracy, overconfidence (confidence minus accuracy); entropy in nats: mean, _std, _min, _max
+    confidence, accuracy, overconfidence (the one minus the other); entropy in nats: mean, _std, _min, _max
     bins: (positions, mean confidence, accuracy) of each, for a reliability diagram
 
     `suffix` is put behind each of these names.
@@ -67,6 +67,7 @@ class Calibration:
     suffix: str = ''
 
     @classmethod
+    @torch.no_grad()
     def of(cls, logits, targets, suffix=''):
         """Over the counted positions of logits (N, V) and targets (N,)."""
         counted = targets != IGNORE
@@ -144,7 +145,7 @@ def calibrated_predictions(logits, targets):
 
 
 def over_chunks(model, x, targets, measure):
-    """{name: metric} of `measure(logits, targets)` over the logits of hidden states x (..., C), a chunk at a time."""
+    """What `measure(logits, targets)` finds in the logits of hidden states x (..., C), which are never held all at once."""
     rows = rows_per_chunk(model.config.vocab_size)
     chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
     return combine([measure(model.head(chunk), y) for chunk, y in chunks])

@@ -1,5 +1,5 @@
 """
-Statistics of token ids (N, T) alone: n-grams, their divergence, repetition, entropy; and samples of n-gram models.
+Statistics of token ids (N, T) alone: n-grams, their divergence, repetition, entropy; and what n-gram models say.
 """
 import math
 

@@ -1,7 +1,7 @@
 """
-What each model type learns. An Objective is a set of pure functions: from tokens to (inputs, targets, weights), from hidden
-states and targets to a loss, and the metrics of evaluation. The training loop and the evaluator reach every type only
-through these.
+What each model type learns. An Objective is a set of pure functions: tokens in, (inputs, targets, weights) out, the loss
+of hidden states against them, and what evaluation measures. The training loop and the evaluator reach every type through
+these and nothing else.
 """
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Objective:
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
     eval_batch: make_batch of evaluation, where it differs.
-    examples: (range of example numbers, first of the iteration, rng) -> the numbers that make_batch sees, where they differ.
+    examples: (range of example numbers, first of the iteration, rng) -> those that make_batch sees, where it differs.
     compute_targets: (model, micro-batches of this rank, ranks, rng) -> the same with targets that depend on all of the
         iteration's micro-batches together.
     """
@@ -58,7 +58,7 @@ def next_token_metrics(model, X, Y, W=None, calibrated=False):
 
 
 def sequence_positions(tokens, ids):
-    """tokens (B, T) -> bool (B, T): True where a token is part of this sequence of ids, also where the window cuts it."""
+    """Which of tokens (B, T) are part of this sequence of ids, also where the window cuts it, -> bool (B, T)."""
     n, (B, T) = len(ids), tokens.shape
     edge = torch.full((B, n - 1), IGNORE, device=tokens.device)
     wide, ids = torch.cat((edge, tokens, edge), dim=1), torch.tensor(ids, device=tokens.device)
@@ -92,7 +92,7 @@ def next_token(config):
 # duo: the next token, and the token that a mask stands for
 
 def duo_batch(tokens, rng, part=(0, 1), *, fill_weight):
-    """tokens (B, T+1) -> X (B, T); Y, W (B, 2T-1): the next token at all T tokens, then the hidden token at the T-1 masks.
+    """tokens (B, T+1) -> X (B, T); Y, W (B, 2T-1): the next token of all T, then of the T-1 masks the token they hide.
 
     The weights, 1 and fill_weight, are divided by their mean, so that the loss is a mean over both kinds."""
     X, following, _ = next_token_batch(tokens, rng)
@@ -103,7 +103,7 @@ def duo_batch(tokens, rng, part=(0, 1), *, fill_weight):
 
 
 def duo_metrics(model, X, Y, W=None, calibrated=False):
-    """Next tokens and fill-ins separately, because only the former can be compared with other model types."""
+    """Next tokens and fill-ins apart, for only the first can be compared with other model types."""
     x, T = model.trunk(X, fill=True), X.size(1)
     fill = over_chunks(model, x[:, T:], Y[:, T:], predictions)
     tokens = over_chunks(model, x[:, :T], Y[:, :T], calibrated_predictions if calibrated else predictions)
@@ -183,7 +183,7 @@ def repair_and_count_batch(tokens, rng, part=(0, 1), *, repair, count):
 
 
 def without_mask(loss):
-    """`loss` without the last logit, which is that of [MASK], in the softmax."""
+    """`loss` with the logit of [MASK], the last one, left out of the softmax."""
     if loss is cross_entropy:
         return lambda logits, Y, W=None: cross_entropy(logits[..., :-1], Y, W)
     return lambda x, weight, n_logits, Y, W=None: linear_cross_entropy(x, weight, n_logits - 1, Y, W)
@@ -221,8 +221,8 @@ def rows_by_level(level):
 
 
 def bound_metrics(model, x, X, Y, W, mask, calibrated=False):
-    """From hidden states x (B, T, C) of rows of `count_batch`: `nelbo`, the bound on -log p of each sequence in nats per
-    token; accuracy and cross entropy of masked tokens."""
+    """The bound on -log p, from hidden states x (B, T, C) of rows of `count_batch`: `nelbo`, that of each sequence in nats
+    per token; accuracy and cross entropy of masked tokens."""
     masked = X == mask
     losses, top = torch.zeros_like(W), torch.full_like(Y, mask)
     losses[masked], top[masked] = losses_and_argmax(model, x[masked], Y[masked], mask)
@@ -254,14 +254,14 @@ def repair_metrics(model, x, X, Y, W, mask):
 
 
 def diffusion_metrics(model, X, Y, W, calibrated=False, *, repair):
-    """X, Y, W are rows of `repair_and_count_batch`, or of `count_batch` alone."""
+    """Of rows of `repair_and_count_batch`, or of `count_batch` alone."""
     x, mask, n = model.trunk(X), model.config.vocab_size, len(X) // 2 if repair else 0
     metrics = bound_metrics(model, x[n:], X[n:], Y[n:], W[n:], mask, calibrated)
     return metrics | (repair_metrics(model, x[:n], X[:n], Y[:n], W[:n], mask) if repair else {})
 
 
 def diffusion_summary(metrics):
-    """Numbers of `diffusion_metrics`: the bound is the mean over sequences, and has a standard error."""
+    """Numbers of such metrics: the bound is the mean over sequences, and has a standard error."""
     bounds = metrics['nelbo'].rows
     numbers = summarize({name: metric for name, metric in metrics.items() if name != 'nelbo'})
     stderr = float(bounds.std(correction=0)) / math.sqrt(len(bounds))

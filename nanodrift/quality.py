@@ -28,7 +28,7 @@ SAMPLES_PER_CLUSTER = 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# in the features of a judge
+# by way of a judge's features
 
 class Judged:
     """A judge, which is a causal model, and its features of real text (N, T)."""
@@ -62,7 +62,7 @@ def classifier_accuracy(features, reference, seed=0):
 def mauve(features, reference, seed=0):
     """Area under the divergence curve of two histograms over k-means clusters: Pillutla et al., arXiv 2102.01454.
 
-    1 is equal. Mean over k-means seeds; one cluster per 10 samples of the smaller set."""
+    1 is equal. Mean over k-means seeds; a cluster for every 10 of the fewer samples."""
     both = normalize(np.concatenate((features, reference)))
     both = PCA(n_components=0.9, svd_solver='full').fit_transform(both)
     clusters = max(2, min(len(features), len(reference)) // SAMPLES_PER_CLUSTER)

@@ -2,10 +2,10 @@
 Masked refinement: a masked diffusion model fills in a canvas of tokens, some of them [MASK], in any order, and revises it.
 
 A step commits some of the open positions, as the strategy says (a row of ORDERS), and may open committed ones again, with
-the probability that `remask` gives them (a row of REMASKS). To add an order or a rule of remasking, write a function and
-its row.
+the probability that `remask` gives them (a row of REMASKS). A new order, or a new rule of remasking, is a function and its
+row.
 
-strategy  naive                          all for which [MASK] is not drawn (defined for the repair objective)
+strategy  naive                          all for which the model does not predict [MASK] (defined for the repair objective)
           ancestral                      each with probability (t - s) / t on a grid of times, MDLM: arXiv 2406.07524
           confidence, margin, entropy    the most confident: LLaDA, arXiv 2502.09992, and Dream, arXiv 2508.15487
           random                         as many, anywhere
@@ -56,7 +56,7 @@ class RefineConfig:
 
 
 def check_defined(config, model):
-    """Raises UserError where a strategy is not defined for a model, or does not run on its device."""
+    """Raises UserError where a strategy has no meaning for a model, or cannot be had on its device."""
     if model.config.model_type != 'diffusion':
         raise UserError(f'only model_type diffusion is refined: sample a {model.config.model_type} model with sample.py')
     if model.device.type == 'mps':
@@ -149,13 +149,12 @@ def next_moment(canvas, committed, number, steps, config, rng):
 
 
 def may_revise(config, changed):
-    """Whether another step may open a token again, when none is open now."""
+    """Whether another step can open something again, where nothing is open now."""
     return REMASKS[config.remask].compensated or (config.remask == 'flag' and changed)
 
 
 def split_blocks(free, length):
-    """Yields the positions (B, T) of each block: in each row the next `length` of the free ones (B, T), from left to
-    right."""
+    """Yields the positions (B, T) of each block: in each row `length` of those that are free (B, T), from left to right."""
     number = (free.cumsum(1) - 1) // (length or free.size(1))
     for i in range(int(number.max()) + 1):
         yield free & (number == i)
@@ -236,12 +235,12 @@ def fill(canvas, where, config, rng):
 
 
 def at_positions(where, values, elsewhere):
-    """(B, T): the values (N,) in order where `where` (B, T) is true, and `elsewhere` at all other positions."""
+    """values (N,) put where `where` (B, T) is true, `elsewhere` everywhere else -> (B, T)."""
     return torch.full(where.shape, elsewhere, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
 def top_positions(scores, among, count):
-    """Marks in each row the `count` (B,) best scores (B, T) among the positions `among` (B, T)."""
+    """Marks the `count` (B,) best of scores (B, T) in each row, of the positions `among` (B, T)."""
     order = scores.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
     return among & (order.argsort(dim=1) < count[:, None])
 
@@ -264,7 +263,7 @@ def ancestral(canvas, block, moment, config, rng):
 
 
 def equal_count(open_, moment):
-    """How many (B,) of the open positions (B, T) a step commits; the first steps commit the remainder."""
+    """How many (B,) of the open positions (B, T) a step commits: what is over goes to the first steps."""
     left = moment.steps - moment.number
     return (open_.sum(1) + left - 1) // left
 
@@ -287,7 +286,7 @@ def by_score(canvas, block, moment, config, rng, score):
 
 
 def threshold(canvas, block, moment, config, rng):
-    """Commits all with enough confidence, and in each row at least the most confident."""
+    """Commits all of enough confidence, and in each row the most confident."""
     where = canvas.open(block)
     if not where.any():
         return
@@ -372,7 +371,7 @@ T_ON, T_OFF, ALPHA_ON = 0.55, 0.05, 0.9  # of remdm-loop, as published
 
 
 def looped(canvas, committed, config, t, s, alpha_t, alpha_s, eta):
-    """Opens tokens only while alpha is constant."""
+    """Only while alpha stands still."""
     return capped(canvas, committed, config, t, s, alpha_t, alpha_s, eta if T_OFF < t <= T_ON else 0.0)
 
 

@@ -70,8 +70,8 @@ def collect(folder, command):
 
 
 def with_seconds(entries, per_iter):
-    """Yields the entries of metrics.jsonl, each with the seconds of training before it: between two measurements of the
-    speed the last one counts, before the first that one."""
+    """Yields each entry of metrics.jsonl with the training seconds before it, from the last measured speed, or the first one
+    before any was measured."""
     speed = next((entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry), math.inf)
     seconds, last = 0.0, 0
     for entry in entries:
@@ -104,7 +104,7 @@ def numbers_of(run):
 
 
 def classifier_stderr(p, n):
-    """Of an accuracy p of telling n samples from as many texts."""
+    """The standard error of a classifier's accuracy p on n samples and as many texts."""
     return math.sqrt(p * (1 - p) / (2 * n))
 
 
@@ -175,8 +175,8 @@ def reliability(axes, named):
 
 
 def curve(run, key, against):
-    """Points of a run's evaluations: tokens or seconds of training, and the value. That of the initial weights is left out,
-    which would press all others together."""
+    """Points of a run's evaluations: tokens or seconds of training, and the value. The value of the initial weights is left
+    out, because it would squeeze all others together."""
     per_iter = run['tokens_per_iter']
     return [(entry['iter'] * per_iter if against == 'tokens' else seconds, entry[key])
             for entry, seconds in with_seconds(run['entries'], per_iter) if entry.get(key) is not None and entry['iter']]
