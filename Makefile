@@ -20,20 +20,20 @@ demo: $(VENV)/.installed $(CORPUS)
 	$(or $(DEMO_$(MODEL)),$(DEMO_gpt2))
 
 define DEMO_gpt2
-$(PY) train.py config/train_python.py --model_type=$(MODEL) --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
+$(PY) train.py config/train_python.py --init_from=auto --model_type=$(MODEL) --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
 $(PY) evaluate.py --out_dir=$(OUT)
 $(PY) sample.py --out_dir=$(OUT) --start='def ' --num_samples=3 --max_new_tokens=150
 endef
 
 define DEMO_diffusion
-$(PY) train.py config/train_diffusion_python.py --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
+$(PY) train.py config/train_diffusion_python.py --init_from=auto --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
 $(PY) evaluate.py --out_dir=$(OUT)
 $(PY) generate_diffusion.py --out_dir=$(OUT) --start='def ' --max_new_tokens=56 --animate=True
 endef
 
 define DEMO_drifting
-$(PY) train.py config/train_python.py --data_dir=$(DATA) --out_dir=$(OUT)-encoder $(ARGS)
-$(PY) train.py config/train_drifting_python.py --encoder=$(OUT)-encoder --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
+$(PY) train.py config/train_python.py --init_from=auto --data_dir=$(DATA) --out_dir=$(OUT)-encoder $(ARGS)
+$(PY) train.py config/train_drifting_python.py --init_from=auto --encoder=$(OUT)-encoder --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
 $(PY) sample.py --out_dir=$(OUT)
 endef
 

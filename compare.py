@@ -38,7 +38,7 @@ TRIAL = 15  # iterations that tell how fast a variant is, for a budget in second
 EVALUATIONS = 10  # of each run, at least: the points of its curve
 VARIANTS = variants_of(TYPES)
 SHOWN = 3  # samples of each variant in the report
-MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size')  # settings that may differ where the run is the same
+MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size', 'device', 'overwrite')  # settings that may differ where the run is the same
 
 
 @dataclass
@@ -151,11 +151,15 @@ class Planned:
 def plan(config):
     """The Planned runs, the judge and the encoder before those that need them, every variant before any has a second seed.
     Raises UserError on what would stop any of them, before hours of work."""
+    refines = any(VARIANTS[name].get('model_type') == 'diffusion' for name in config.names)
+    device = pick_device(config.device, float64=refines)
+    if refines and device.type == 'mps':
+        raise UserError('diffusion is refined in float64, which mps has not: use --device=cpu, or leave diffusion out')
+    config.device = str(device)
     helpers = [JUDGE] * bool(config.samples) + [ENCODER] * any(needs_encoder(name) for name in config.names)
     runs = [plan_one(config, name, 'gpt2', HELPER_SEEDS[name], name) for name in helpers]
     runs += [plan_one(config, f'{name}, seed {seed}', name, seed, f'{name.replace(" ", "-")}_seed{seed}')
              for seed in config.numbers for name in config.names]
-    pick_device(config.device)
     for run_ in runs:
         block_size = run_.model_config.block_size
         if config.length > block_size:
@@ -241,7 +245,7 @@ def call(config, words):
     def pass_on(number, frame):
         stopped.append(number)
         if child:
-            child.send_signal(number)
+            child.terminate() if os.name == 'nt' else child.send_signal(number)  # Windows can send no Ctrl-C
     child, before = None, {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:  # a session of its own: the terminal would send Ctrl-C a second time, which ends train.py without a save
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -24,7 +24,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -379,15 +378,12 @@ def main(argv):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
     ranks = setup_ranks(config.device, config.backend, timeout=1800)
-    try:
-        likelihoods, samples = evaluate(config, draw_config, ranks)
-        if ranks.first:
-            print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)
-            with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
-                draw_reliability(config, likelihoods)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    likelihoods, samples = evaluate(config, draw_config, ranks)
+    if ranks.first:
+        print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)
+        with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
+            draw_reliability(config, likelihoods)
+    ranks.leave()
 
 
 if __name__ == '__main__':

@@ -27,11 +27,13 @@ from model import GPT, GPTConfig, load_encoder
 from nanodrift import checkpoint, huggingface
 from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
-from nanodrift.metrics import over_windows
+from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, option, read_values, run
 from nanodrift.runlog import RunLog
 
 SCHEDULES = ('cosine', 'linear', 'constant')
+# signals that end a run with a checkpoint; some are unknown to Windows
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 
 @dataclass
@@ -40,7 +42,9 @@ class TrainConfig:
     out_dir: str = option('out', 'folder of the run: checkpoints, metrics.jsonl, config.json')
     dataset: str = option('python', 'data set, a folder below data_dir made by prepare.py')
     data_dir: str = option('data', 'where the data sets are')
-    init_from: str = option('scratch', "'scratch', 'resume', the folder of another run, or 'hf:NAME_OR_FOLDER'")
+    init_from: str = option('scratch', "'scratch'; 'resume'; 'auto', which resumes the run in out_dir if there is one; the "
+                            "folder of another run; or 'hf:NAME_OR_FOLDER'")
+    overwrite: bool = option(False, 'start anew in a folder that holds a run, whose files are removed')
     # evaluation and log
     eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each', at_least=1)
     eval_iters: int = option(50, 'batches per evaluation, spread evenly over the split; 0 takes all of validation',
@@ -89,6 +93,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise UserError(f'min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}: lower --min_lr')
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
         if len(warmups) > 1:
             raise UserError(f'{" and ".join(warmups)} contradict each other: set one, and the others to 0')
@@ -118,13 +124,17 @@ class Trainer:
         self.objective = objective or self.model.objective
         self.windows = {split: self._windows(split) for split in ('train', 'val')}
         self.examples_per_iter = config.batch_size * config.gradient_accumulation_steps
-        self.schedule = Schedule(config, len(self.windows['train']) / self.examples_per_iter)
+        self.examples_seen = 0
         self.optimizer = torch.optim.AdamW(self.model.decay_groups(config.weight_decay), lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), fused=ranks.device.type != 'mps')
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == 'float16')
         self.ema = EMA(self.model, config.ema) if config.ema else None
         if resumed is not None:
             self._restore(resumed)
+        self.schedule = Schedule(config, len(self.windows['train']), self.examples_per_iter, self.iter_num,
+                                 self.examples_seen)
+        if resumed is not None:
+            self._tell_what_changes(resumed)
         self.network = self._wrap(self.model)
         self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
         self.stop_signal = None
@@ -135,11 +145,15 @@ class Trainer:
 
     def train(self):
         """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             signal.signal(number, self._on_signal)
         while True:
             if self._evaluation_due():
-                self._checkpoint_and_evaluate()
+                try:
+                    self._checkpoint_and_evaluate()
+                except Interrupted:
+                    assert self._stopping(), 'an evaluation is interrupted by a signal alone'
+                    break
             elif self._keeps() and self.saved_iter != self.iter_num:
                 self.save('last')
             if self.iter_num >= self.schedule.max_iters or self.config.eval_only or self._stopping():
@@ -159,9 +173,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         here = c.gradient_accumulation_steps // ranks.world_size
-        first = self.iter_num * c.gradient_accumulation_steps + ranks.rank * here
         total = torch.zeros((), device=ranks.device)
-        batches = (self._batch(first + i) for i in range(here))
+        batches = (self._batch(ranks.rank * here + i) for i in range(here))
         if self.objective.compute_targets:
             rng = torch.Generator().manual_seed(derive_seed(c.seed, Stream.DRIFT_TARGETS, self.iter_num))
             with autocast(ranks.device, self.dtype):
@@ -181,21 +194,22 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.iter_num += 1
+        self.examples_seen += self.examples_per_iter
         if self.ema:
             self.ema.update(self.iter_num)
         if self.log:
             self.log.step(total, lr, float(norm), time.perf_counter() - started)
 
     def _batch(self, micro):
-        """The micro-batch with this number, counted over all ranks and iterations."""
+        """The micro-batch with this number among those of the iteration, of all ranks."""
         B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
-        windows = self.windows['train']
-        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, micro))
-        numbers = range(micro * B, (micro + 1) * B)
+        windows, start = self.windows['train'], self.examples_seen + micro * self.config.batch_size
+        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, self.iter_num * steps + micro))
+        numbers = range(start, start + B)
         if self.objective.examples:
-            numbers = self.objective.examples(numbers, (micro - micro % steps) * B, rng)
+            numbers = self.objective.examples(numbers, self.examples_seen, rng)
         tokens = windows.read(windows.offsets(numbers))
-        return self._to_device(self.objective.make_batch(tokens, rng, (micro % steps, steps)))
+        return self._to_device(self.objective.make_batch(tokens, rng, (micro, steps)))
 
     def _to_device(self, tensors):
         device = self.ranks.device
@@ -240,7 +254,8 @@ class Trainer:
         self.model.eval()
         with self.ema or nullcontext():
             metrics = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
-                                   partial(objective.metrics, self.model), self.ranks, self.dtype)
+                                   partial(objective.metrics, self.model), self.ranks, self.dtype,
+                                   stopping=lambda: self.stop_signal is not None)
         self.model.train()
         return objective.summary(metrics)
 
@@ -288,21 +303,21 @@ class Trainer:
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
             check_same_model(resumed, model_config, self.meta)
+            check_same_data(resumed, c, self.meta)
         source = None
         if c.init_from not in ('scratch', 'resume'):
             source = self._source_of_weights(model_config)
             asked, model_config = model_config, fitted(model_config, source['model_args'])
             changed = [f'{k}={v}' for k, v in asdict(model_config).items() if getattr(asked, k) != v]
             self.say(f'taken from {c.init_from}: {", ".join(changed) or "nothing but weights"}')
-        with torch.random.fork_rng(devices=[]):
+        device = self.ranks.device  # manual_seed seeds every GPU, whose stream must stay the rank's own
+        with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
             model = GPT(model_config, load_encoder(model_config.encoder) if model_config.has_encoder else None)
         if source is not None:
             fresh = checkpoint.start_from(model, source.get('ema') or source['model'], known_ids(source))
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         if model.encoder is not None:
-            if os.path.realpath(model_config.encoder) == os.path.realpath(c.out_dir):
-                raise UserError(f'out_dir={c.out_dir} is the encoder, which would be overwritten: name another')
             check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
             if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
                 checkpoint.check_encoder(model, source)
@@ -351,6 +366,7 @@ class Trainer:
             'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
             'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
+            'examples_seen': self.examples_seen, 'data': text_hashes(self.meta),
             'run_id': self.run_id, 'parents': self.parents, 'commit': self.commit,
             'encoder': None if self.model.encoder is None else self.model.encoder.source['fingerprint'],
             'experiment': self.experiment,
@@ -379,6 +395,9 @@ class Trainer:
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
         self.evaluated_iter, self.saved_iter = state['evaluated_iter'], state['iter_num']
         self.run_id, self.parents = state['run_id'], state['parents']
+        before = state['config']  # runs of before did not count examples
+        per_iter = before['batch_size'] * before['gradient_accumulation_steps']
+        self.examples_seen = state.get('examples_seen', self.iter_num * per_iter)
         if len(state['random_states']) == self.ranks.world_size:
             mine = state['random_states'][self.ranks.rank]
             torch.set_rng_state(mine['cpu'])
@@ -387,6 +406,16 @@ class Trainer:
         else:
             self.say('another number of ranks than before: dropout goes on from a new random state')
             torch.manual_seed(derive_seed(self.config.seed, self.ranks.rank, self.iter_num))
+
+    def _tell_what_changes(self, state):
+        """Says what a user may not expect of a resumed run: that nothing is left to train, or that the rate jumps."""
+        if self.iter_num >= self.schedule.max_iters and not self.config.eval_only:
+            self.say(f'nothing left to train: iteration {self.iter_num} of {self.schedule.max_iters}; --max_iters=N or '
+                     '--num_epochs=N trains longer')
+            return
+        before, now = state['optimizer']['param_groups'][0]['lr'], self.schedule.lr(self.iter_num)
+        if self.iter_num > self.schedule.warmup and not before / 2 <= now <= before * 2:
+            self.say(f'the schedule is another than before: the learning rate goes from {before:.3g} to {now:.3g} here')
 
     def save(self, *names):
         """Writes one state under each of the names 'last' and 'best'."""
@@ -408,11 +437,18 @@ class Trainer:
 
 
 class Schedule:
-    """How many iterations a run has, and the learning rate of each."""
+    """How many iterations a run has, and the learning rate of each. `windows` are the examples of an epoch; a run that is
+    resumed at `iter_num` has seen `examples_seen` of them, maybe with batches of another size."""
 
-    def __init__(self, config, iters_per_epoch):
+    def __init__(self, config, windows, examples_per_iter, iter_num=0, examples_seen=0):
         self.config = config
-        self.max_iters = math.ceil(config.num_epochs * iters_per_epoch) if config.num_epochs else config.max_iters
+        iters_per_epoch = windows / examples_per_iter
+        self.max_iters = config.max_iters
+        if config.num_epochs and examples_seen == iter_num * examples_per_iter:
+            self.max_iters = math.ceil(config.num_epochs * iters_per_epoch)
+        elif config.num_epochs:
+            left = config.num_epochs * windows - examples_seen
+            self.max_iters = iter_num + max(0, math.ceil(left / examples_per_iter))
         self.warmup = config.warmup_iters or round(config.warmup_ratio * self.max_iters) or \
             round(config.warmup_epochs * iters_per_epoch)
         self.end = config.lr_decay_iters or self.max_iters
@@ -487,6 +523,21 @@ def check_tokenizer(what_fails, state, meta):
                         f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
 
 
+def text_hashes(meta):
+    """{split: hash of its text} of a data set."""
+    return {split: counts['text_sha256'] for split, counts in meta['splits'].items()}
+
+
+def check_same_data(state, config, meta):
+    """Raises UserError where a run would go on with another text than it was trained on."""
+    before = state['config']
+    fix = f'to train on it start a new run from these weights: --init_from={config.out_dir} --out_dir=NEW'
+    if before['dataset'] != config.dataset:
+        raise UserError(f"cannot resume: the run was trained on dataset={before['dataset']}, not {config.dataset}; {fix}")
+    if state.get('data', text_hashes(meta)) != text_hashes(meta):
+        raise UserError(f'cannot resume: the data set {config.dataset} was prepared anew since, from another text; {fix}')
+
+
 def check_same_model(state, model_config, meta):
     """Raises UserError naming what differs between a checkpoint and the architecture or tokenizer asked for now."""
     check_tokenizer('cannot resume', state, meta)
@@ -499,12 +550,16 @@ def check_same_model(state, model_config, meta):
 
 
 def read_settings(argv):
-    """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps its stored settings; settings given now
-    override them."""
+    """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps its stored settings; settings given now,
+    in a file or on the command line, override them. Of max_iters and num_epochs the one that is given last counts."""
     values, _ = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
-    state = None
+    last = [key for key in values if key in ('max_iters', 'num_epochs')][-1:]
+    if last == ['max_iters']:
+        values['num_epochs'] = 0.0
+    out_dir, state = values.get('out_dir', TrainConfig.out_dir), None
+    if values.get('init_from') == 'auto':
+        values['init_from'] = 'resume' if checkpoint.holds_run(out_dir) else 'scratch'
     if values.get('init_from') == 'resume':
-        out_dir = values.get('out_dir', TrainConfig.out_dir)
         state = checkpoint.load(checkpoint.find(out_dir, 'last'))
         if state.get('experiment'):
             raise UserError(f'{out_dir} is a run of train_diffusion_attention.py: go on with that, --resume={out_dir}')
@@ -512,14 +567,28 @@ def read_settings(argv):
     return *build(values, TrainConfig, GPTConfig), state
 
 
+def check_folder(config, model_config, resumed):
+    """Raises UserError where a new run would destroy one: that in its own folder, its encoder, or its source of weights."""
+    for name, folder in (('init_from', config.init_from), ('encoder', model_config.encoder)):
+        if os.path.realpath(folder) == os.path.realpath(config.out_dir):
+            raise UserError(f'out_dir={config.out_dir} is {name} too, which would be overwritten: name another --out_dir')
+    if resumed is None and not config.eval_only and checkpoint.holds_run(config.out_dir):
+        if not config.overwrite:
+            raise UserError(f'{config.out_dir} holds a run: --init_from=resume goes on with it, another --out_dir keeps it, '
+                            '--overwrite=True removes it')
+        checkpoint.remove_run(config.out_dir)
+
+
 def train(config, model_config, resumed=None):
     """Trains as the two configs say. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
-    try:
-        return Trainer(config, model_config, ranks, resumed).train()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext():
+        if ranks.first:
+            check_folder(config, model_config, resumed)
+        ranks.wait()
+        code = Trainer(config, model_config, ranks, resumed).train()
+    ranks.leave()
+    return code
 
 
 def main(argv):

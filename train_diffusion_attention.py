@@ -12,11 +12,11 @@ that sees the future; `--stride=1`, the default, is the published overlap of the
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from model import LEAST_HEAT_TIME, GPTConfig
 from nanodrift import checkpoint
@@ -198,16 +198,14 @@ def main(argv):
     config = train_config(c)
     meta = load_meta(os.path.join(config.data_dir, config.dataset))
     ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
-    try:
-        objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
+    objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
+    with checkpoint.lock(config.out_dir) if ranks.first else nullcontext():
         trainer = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''})
         code = trainer.train()
         if ranks.first:
             finish(config.out_dir)
-        return code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    ranks.leave()
+    return code
 
 
 if __name__ == '__main__':

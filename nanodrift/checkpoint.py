@@ -3,6 +3,8 @@ Checkpoints: tensors and plain Python values only, written so that a reader neve
 
 Files first, then weights into a model that is there; model.py builds one from a checkpoint (`load_model`).
 """
+import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -13,6 +15,11 @@ import torch
 
 from nanodrift.options import UserError, one_of
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 EMBEDDING, POSITIONS = 'transformer.wte.weight', 'transformer.wpe.weight'  # the first is the head's too
 GPT2_NAMES = re.compile(r'(lm_head|transformer\.(wte|wpe|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj))))'
@@ -22,10 +29,10 @@ GPT2_NAMES = re.compile(r'(lm_head|transformer\.(wte|wpe|ln_f|h\.\d+\.(ln_[12]|a
 def save(out_dir, state, names):
     """Writes `state` once, and puts it under each of `names` ('best', 'last') in `out_dir` when it is whole and on disk.
     Raises UserError if it cannot; an existing checkpoint is then unchanged."""
-    temporary = os.path.join(out_dir, 'ckpt.tmp')
+    temporary = os.path.join(out_dir, f'ckpt-{os.getpid()}.tmp')
     try:
-        if os.path.exists(temporary):  # of a run that was killed; it may already be the best checkpoint by another name
-            os.remove(temporary)
+        for left in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt*.tmp')):
+            os.remove(left)  # of a run that was killed; it may already be the best checkpoint by another name
         with open(temporary, 'wb') as f:
             torch.save(state, f)
             f.flush()
@@ -43,6 +50,35 @@ def save(out_dir, state, names):
         folder = os.open(out_dir, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def holds_run(out_dir):
+    """Whether a folder has the last checkpoint of a run."""
+    return os.path.exists(os.path.join(out_dir, FILES['last']))
+
+
+def remove_run(out_dir):
+    """Removes what a run has left in a folder."""
+    for pattern in ('ckpt*.pt', 'ckpt*.tmp', 'metrics.jsonl', 'config.json', 'evaluation.json'):
+        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
+            os.remove(path)
+
+
+@contextlib.contextmanager
+def lock(out_dir):
+    """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Raises
+    UserError where another run has it. Windows has no flock, and there nothing is locked."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, '.lock'), 'a', encoding='utf-8') as f:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
+            yield
+    except OSError as e:
+        raise UserError(f'cannot write to out_dir={out_dir}: {e.strerror}') from None
 
 
 def forget_best(out_dir):

@@ -26,6 +26,16 @@ class Ranks:
     def first(self):
         return self.rank == 0
 
+    def wait(self):
+        """Until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self):
+        """After success alone: while other ranks may be inside a collective, one that fails must end, not say goodbye."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, tensor):
         """The sum of `tensor` over all ranks, on every rank."""
         if self.world_size > 1:
@@ -122,11 +132,13 @@ def setup_ranks(device, backend, timeout):
     device = pick_device(device)
     if 'RANK' not in os.environ:
         return Ranks(device=device)
-    local_rank = int(os.environ['LOCAL_RANK'])
+    rank = int(os.environ['RANK'])
+    # launchers of pods may set RANK alone
+    local_rank = int(os.environ.get('LOCAL_RANK', rank % max(1, torch.cuda.device_count())))
     if device.type == 'cuda':
         device = pick_device(f'cuda:{local_rank}')
         torch.cuda.set_device(device)
     if backend == 'auto':
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

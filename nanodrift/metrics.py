@@ -151,8 +151,13 @@ def over_chunks(model, x, targets, measure):
     return combine([measure(model.head(chunk), y) for chunk, y in chunks])
 
 
+class Interrupted(Exception):
+    """An evaluation was left because a rank is to stop."""
+
+
 @torch.no_grad()
-def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype, draws=1, counted=0):
+def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype, draws=1, counted=0,
+                 stopping=lambda: False):
     """
     {name: metric} of `measure(X, Y, W)` over the windows at these offsets.
 
@@ -164,6 +169,8 @@ def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype
     todo = [(draw, i) for draw in range(draws) for i in range(len(batches))]
     mine = {}  # {(draw, number of the batch): {name: metric}}
     for draw, i in todo[ranks.rank::ranks.world_size]:
+        if stopping():
+            break
         rng = torch.Generator().manual_seed(derive_seed(Stream.EVAL_BATCH, i, *[draw] * bool(draw)))
         X, Y, W = make_batch(windows.read(batches[i]), rng)
         if counted:
@@ -171,7 +178,10 @@ def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype
         batch = [t if t is None else t.to(ranks.device) for t in (X, Y, W)]
         with autocast(ranks.device, dtype):
             mine[draw, i] = measure(*batch)
-    all_ranks = {key: metrics for rank in ranks.gather(mine) for key, metrics in rank.items()}
+    gathered = ranks.gather((mine, stopping()))
+    if any(stopped for _, stopped in gathered):
+        raise Interrupted
+    all_ranks = {key: metrics for rank, _ in gathered for key, metrics in rank.items()}
     metrics = combine([all_ranks[key] for key in sorted(all_ranks)])
     for metric in metrics.values():
         if isinstance(metric, Rows) and draws > 1:

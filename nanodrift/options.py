@@ -13,8 +13,11 @@ import math
 import os
 import runpy
 import sys
+import time
 import types
 from dataclasses import MISSING, field, fields
+
+OTHER_RANKS_WAIT = 5  # seconds before a rank but the first says what is wrong
 
 
 class UserError(ValueError):
@@ -194,8 +197,9 @@ def read_values(argv, *classes, description=None, positional=('config', 'config 
         for key, value in read_config_file(path).items():
             if key not in known:
                 raise unknown_key(key, known, path)
+            values.pop(key, None)  # the order is that in which keys were given last
             values[key] = value
-    values.update(given)
+    values = {key: value for key, value in values.items() if key not in given} | given
     return {key: parse_option(known[key], value) for key, value in values.items()}, words
 
 
@@ -216,8 +220,10 @@ def run(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # under torchrun once per machine, not once per rank
-            print(f"{name}: {e}", file=sys.stderr)
+        rank = os.environ.get('LOCAL_RANK', '0')
+        if rank != '0':  # most mistakes are made by all ranks, and then the first one's line ends the others in the meantime
+            time.sleep(OTHER_RANKS_WAIT)
+        print(f'{name}: ' + f'rank {os.environ.get("RANK")}: ' * (rank != '0') + str(e), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from nanodrift import checkpoint
 from nanodrift.options import UserError
 
 # of an evaluation, on the terminal; everything is in metrics.jsonl
@@ -37,8 +38,10 @@ class RunLog:
 
     def _open(self, keep_bytes):
         """metrics.jsonl: empty for a new run, else cut to what the checkpoint knows; what came after is done again.
-        An evaluation alone only adds its line, for the run may be under way."""
+        An evaluation alone only adds its line, for the run may be under way; that of another model leaves no line."""
         os.makedirs(self.config.out_dir, exist_ok=True)
+        if self.config.eval_only and self.config.init_from != 'resume' and checkpoint.holds_run(self.config.out_dir):
+            return open(os.devnull, 'ab', buffering=0)
         file = open(os.path.join(self.config.out_dir, 'metrics.jsonl'), 'ab', buffering=0)
         if not self.config.eval_only and file.tell() > (keep_bytes or 0):
             file.truncate(keep_bytes or 0)
