@@ -38,7 +38,7 @@ TRIAL = 15  # iterations that tell how fast a variant is, for a budget in second
 EVALUATIONS = 10  # of each run, at least: the points of its curve
 VARIANTS = variants_of(TYPES)
 SHOWN = 3  # samples of each variant in the report
-MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size', 'device', 'overwrite')  # settings that may differ where the run is the same
+MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size', 'device', 'overwrite')  # may differ in one run
 
 
 @dataclass

@@ -153,12 +153,12 @@ def score_statistics(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     """
     top, purity, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(3))
     best = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
-    for heads, rows, _, s in score_pieces(q, k):
-        m, best[heads, rows] = s.max(-1)
-        e = s.sub_(m[..., None]).exp_()
-        z = e.sum(-1)
-        top[heads, rows], lse[heads, rows] = m, m + z.log()
-        with torch.autocast(q.device.type, enabled=False):  # which would compute vecdot in 16 bits
+    with torch.autocast(q.device.type, enabled=False):  # which would compute vecdot in 16 bits
+        for heads, rows, _, s in score_pieces(q, k):
+            m, best[heads, rows] = s.max(-1)
+            e = s.sub_(m[..., None]).exp_()
+            z = e.sum(-1)
+            top[heads, rows], lse[heads, rows] = m, m + z.log()
             purity[heads, rows] = torch.linalg.vecdot(e, e) / z.square()
     return top, purity, lse, best
 

@@ -166,7 +166,7 @@ def fork_ranks(fork):
 @pytest.fixture(autouse=True)
 def leave_no_trace():
     """A run takes over the signals and the random stream; the next test and pytest's own Ctrl-C want them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in train.STOPPING}
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

@@ -28,6 +28,7 @@ class GPT(ours.GPT):
 '''
 
 
+@pytest.mark.slow
 def test_alone():
     found = json.loads(run_script('bench.py', *TINY).stdout.splitlines()[-1])
     assert found['peak_gflops'] > 0 and found['peak_MiB']['ours'] > 10
@@ -36,6 +37,7 @@ def test_alone():
         assert 0 < row['ms_min'] <= row['ms'] <= row['ms_max'] and row['tokens_per_s'] > 0
 
 
+@pytest.mark.slow
 def test_against_another_checkout(tmp_path):
     (tmp_path / 'model.py').write_text(STAND_IN)
     found = json.loads(run_script('bench.py', *TINY, f'--against={tmp_path}').stdout.splitlines()[-1])
@@ -55,6 +57,7 @@ def test_both_sides_start_from_the_same_weights_and_see_the_same_batches(tmp_pat
     assert losses[0][0] != losses[0][1]
 
 
+@pytest.mark.slow
 def test_both_sides_learn_the_same(tmp_path):
     (tmp_path / 'model.py').write_text(STAND_IN)
     words = [w for w in TINY if 'vocab' not in w] + ['--vocab_size=320', f'--against={tmp_path}', '--part=loss', '--steps=8']
@@ -67,6 +70,7 @@ def test_a_wrong_path_is_one_line():
     assert done.returncode == 2 and 'model.py' in done.stderr and done.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_the_types_beside_gpt2():
     words = [*TINY, '--n_layer=2', '--part=types', '--variants=gpt2,parallel mean,duo']
     found = json.loads(run_script('bench.py', *words).stdout.splitlines()[-1])
@@ -106,6 +110,7 @@ def test_duo_is_one_dense_attention_under_a_mask(published):
     assert all(torch.allclose(mine, dense, atol=1e-5) for mine, dense in zip(losses[0][1], losses[1][1]))
 
 
+@pytest.mark.slow
 def test_refinement_beside_left_to_right():
     found = json.loads(run_script('bench.py', *TINY, '--part=refine', '--max_steps=2,16').stdout.splitlines()[-1])
     for streams in (1, 2):

@@ -107,6 +107,7 @@ def test_a_report_of_several_types(place, words, calls):
     assert len(calls) == 5 and results(folder)['rows'] == found['rows']  # all is known
 
 
+@pytest.mark.slow
 def test_reference_rows_are_computed_once_and_what_is_evaluated_is_said(place, words, calls, monkeypatch, capsys):
     computed, real = [], compare.evaluate.reference_quality
     monkeypatch.setattr(compare.evaluate, 'reference_quality', lambda *args: computed.append(args) or real(*args))
@@ -149,6 +150,7 @@ def test_seconds_between_measurements():
     assert [seconds for _, seconds in report.with_seconds(entries, 100)] == [0, 10, 15, 25, 31]
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls):
     """A real signal to the real command: train.py saves in order, and the comparison ends with its exit code."""
     args = ['--variants=duo', '--seeds=3', '--samples=0', '--tokens=25600']
@@ -232,6 +234,7 @@ def test_runs_of_another_comparison_are_refused(place, words, judged, calls, arg
     assert not calls and (judged / 'results.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_that_of_its_checkpoint_judge_and_text(words, judged, monkeypatch):
     done, real = [], compare.evaluate.likelihood
     monkeypatch.setattr(compare.evaluate, 'likelihood', lambda *args: done.append(args) or real(*args))

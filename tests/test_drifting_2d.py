@@ -32,6 +32,7 @@ def test_dark_squares_alone_have_points():
     assert ((corner.sum(1) % 2) == 0).all() and len(corner.unique(dim=0)) == 8
 
 
+@pytest.mark.slow
 def test_points_drift_to_the_data():
     shown = train(DATA['ring'], PlaneConfig(steps=150, batch_size=128, ema=0.9), seed=1)
     far = [measure(points, DATA['ring'], rng(3))[0] for points in shown]

@@ -56,6 +56,7 @@ def go(runs, capsys):
     return start
 
 
+@pytest.mark.slow
 def test_a_reliability_figure(go, tmp_path, monkeypatch, runs, capsys):
     go('gpt2,repair', f'--figure={tmp_path}/reliability.png')
     assert (tmp_path / 'reliability.png').read_bytes().startswith(b'\x89PNG')
@@ -134,6 +135,7 @@ def test_a_stride_gives_each_prediction_its_context(go, runs, place):
         go('nelbo', '--stride=4')
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(runs, fork_ranks, tmp_path):
     argv = [f'--out_dir={runs["gpt2"]},{runs["repair"]}', '--device=cpu', '--batch_size=4', '--windows=30',
             f'--judge={runs["judge"]}', '--num_samples=120', '--length=8', '--max_steps=2']

@@ -256,3 +256,34 @@ def test_weights_that_change_between_two_steps_of_generation_are_seen_by_everyon
         fresh = make()
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(model(idx)[0], fresh(idx)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 16 bits
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_score_statistics_are_float32_under_autocast(dtype):
+    """The purity of flat attention is near 1 / keys, from which as much is subtracted: 16 bits would leave nothing of it."""
+    q, k = torch.randn(2, 3, 64, 8), 0.1 * torch.randn(3, 64, 8)
+    with torch.autocast('cpu', dtype):
+        top, purity, *_ = kernels.score_statistics(q[0], k)
+    plain_top, plain_purity = plain_score_statistics(q[0], k)
+    torch.testing.assert_close(top, plain_top, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(purity, plain_purity, atol=1e-6, rtol=1e-5)
+
+
+def test_the_head_in_float16_keeps_small_activations():
+    """A flat softmax over a large vocabulary weighs each activation by 1/V, which float16 would round to nothing."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 256, 8) * 0.1, torch.randn(50304, 8) * 0.02
+    y = torch.randint(50257, (1, 256))
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        W = weight.clone().requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            (256 * kernels.linear_cross_entropy(x, W, 50257, y)).backward()
+        gradients.append(W.grad)
+    others = torch.ones(50304, dtype=torch.bool)
+    others[y] = False  # where nothing but the small part is
+    exact, short = (g[others] for g in gradients)
+    assert (short - exact).norm() < 1.5e-3 * exact.norm()  # 4.4e-3 where 1/V is one factor

@@ -80,6 +80,7 @@ def test_gradients_of_two_ranks_are_those_of_one(tiny, command_line, fork_ranks,
         assert (p.grad - two[name]).abs().max() <= min(1e-6 * max(1, largest), largest / 10), name
 
 
+@pytest.mark.slow
 @every_type
 def test_two_ranks_evaluate_exactly_as_one(tiny, command_line, fork_ranks, tmp_path, model_type):
     """An odd number of batches, the last of them not full, and fewer batches than ranks."""
@@ -104,6 +105,7 @@ def train_and_signal_rank_1(argv):
     return train.main(argv)
 
 
+@pytest.mark.slow
 @every_type
 def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type):
     """With dropout, that is with a random state for each rank; a signal to one rank alone stops both."""
@@ -130,6 +132,7 @@ def torchrun(*args):
                             encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_torchrun_saves_when_it_is_told_to_stop(command_line, tmp_path):
     process = torchrun(*command_line(max_iters=100000, eval_interval=100000, ddp_timeout=60, **TWO))
     while lines(tmp_path / 'run' / 'metrics.jsonl') < 20:

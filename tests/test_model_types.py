@@ -251,6 +251,7 @@ def train_on_noise(vocab_size, T, **changes):
     return F.cross_entropy(logits.mT, Y, reduction='none')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['gpt2', 'dd', 'heat', 'heat adaptive distance', 'rotating lr', 'parallel mean', 'duo'])
 def test_random_tokens_cannot_be_predicted(variant):
     """Trained on noise, held-out loss stays at log V or above; a leak would fall below."""

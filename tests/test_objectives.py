@@ -379,6 +379,7 @@ def test_a_run_tells_the_bound_and_what_it_is_made_of(tiny, objective):
     assert 'val_bits_per_byte' not in last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['repair', 'nelbo'])
 def test_it_learns_what_can_be_learned(objective):
     """The second half of each sequence is the first: a masked token can be read off its twin, a wrong one be seen."""

@@ -20,6 +20,7 @@ def drawn(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_the_figures(data_dir, tiny, tmp_path, drawn):
     go = partial(run_experiment, tmp_path, data_dir)
     folders = [go(name='standard'), go('--model=diffusion_fixed', '--n_layers=1', name='heat'),

@@ -325,6 +325,7 @@ def test_ancestral_converges_to_the_joint_and_does_not_in_one_step(markov):
     assert total_variation(at_once, torch.einsum('a,b,c->abc', *marginals)) < 0.035
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remask', REMDM)
 def test_remdm_converges_to_the_joint(markov, remask):
     assert total_variation(markov.sample(config_of('ancestral', remask, max_steps=64)), markov.joint) < 0.06

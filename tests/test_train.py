@@ -129,6 +129,7 @@ def lines(path):
         return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_resuming_after_a_signal_at_any_moment(tiny, command_line, fork, tmp_path, number):
     """After SIGINT and SIGTERM from where it stopped, after kill -9 from the checkpoint of the last evaluation; the log
@@ -719,6 +720,7 @@ def test_without_wandb_it_trains_with_a_line(tiny, monkeypatch, capsys):
     assert capsys.readouterr().out.count('training without wandb') == 1
 
 
+@pytest.mark.slow
 def test_real_wandb_never_asks(command_line, tmp_path):
     pytest.importorskip('wandb')
     env = dict(HOME=str(tmp_path), NETRC=str(tmp_path / 'netrc'), WANDB_CONFIG_DIR=str(tmp_path), PYTHONWARNINGS='ignore')
