@@ -2,10 +2,11 @@
 Trains any model type on any prepared data set: a laptop's CPU, one GPU, or many nodes.
 
     python train.py config/train_python.py --max_iters=500
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --init_from=auto
 
 A run writes to out_dir: config.json, metrics.jsonl, ckpt.pt (the last state) and ckpt_best.pt (the best so far).
-`--init_from=resume --out_dir=DIR` goes on where a run stopped, with its settings, bit for bit on a CPU.
+`--init_from=resume --out_dir=DIR` goes on where a run stopped, with its settings, bit for bit on a CPU; with
+`--init_from=auto` one command starts a run and resumes it. A folder that holds a run is overwritten only if told.
 
 Below: the options, the loop, then what the loop needs.
 """
@@ -238,10 +239,9 @@ class Trainer:
             others = {f'val_{name}': value for name, value in val.items() if name != metric}
             self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
         if not math.isfinite(val[metric]):
-            if self.ranks.first and keep:
-                checkpoint.fall_back(self.config.out_dir)
-            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: stopped; '
-                             'the last checkpoint is the best one again; try a lower --learning_rate')
+            happened = checkpoint.fall_back(self.config.out_dir) if self.ranks.first and keep else 'stopped'
+            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; '
+                             'try a lower --learning_rate')
         self.evaluated_iter = self.iter_num
         if keep and val[metric] < self.best_val_loss:
             self.best_val_loss = val[metric]
@@ -525,7 +525,7 @@ def check_tokenizer(what_fails, state, meta):
 
 def text_hashes(meta):
     """{split: hash of its text} of a data set."""
-    return {split: counts['text_sha256'] for split, counts in meta['splits'].items()}
+    return {split: counts.get('text_sha256') for split, counts in meta['splits'].items()}
 
 
 def check_same_data(state, config, meta):

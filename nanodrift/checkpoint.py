@@ -68,17 +68,24 @@ def remove_run(out_dir):
 def lock(out_dir):
     """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Raises
     UserError where another run has it. Windows has no flock, and there nothing is locked."""
+    path = os.path.join(out_dir, '.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, '.lock'), 'a', encoding='utf-8') as f:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
-            yield
+        f = open(path, 'a', encoding='utf-8')
     except OSError as e:
         raise UserError(f'cannot write to out_dir={out_dir}: {e.strerror}') from None
+    with f:
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
+        try:
+            yield
+        finally:
+            if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
+                os.remove(path)
+                os.rmdir(out_dir)
 
 
 def forget_best(out_dir):
@@ -89,10 +96,14 @@ def forget_best(out_dir):
 
 
 def fall_back(out_dir):
-    """Makes the best checkpoint of `out_dir` the last one too, if there is one."""
+    """Makes the best checkpoint of `out_dir` the last one too, if there is one, and removes the last one if not: its
+    weights are no numbers. Says in words what it did."""
     best, last = (os.path.join(out_dir, FILES[name]) for name in ('best', 'last'))
     if os.path.exists(best):
         hard_link(best, last)
+        return 'the last checkpoint is the best one again'
+    os.remove(last)
+    return 'there was no better checkpoint to go back to'
 
 
 def keep(out_dir, iter_num):

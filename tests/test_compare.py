@@ -224,14 +224,20 @@ def judged(place, words):
 
 @pytest.mark.parametrize('args, differing', [
     (['--tokens=2048'], 'max_iters=8, not 16'), (['--dataset=text_byte'], 'dataset=text_bpe280, not text_byte'),
-    (['--recipe={place}/faster.py'], 'learning_rate=0.01, not 0.02'),
-    (['--device=auto'], 'device=cpu, not auto')])
+    (['--recipe={place}/faster.py'], 'learning_rate=0.01, not 0.02')])
 def test_runs_of_another_comparison_are_refused(place, words, judged, calls, args, differing):
     (place / 'faster.py').write_text(RECIPE.replace('1e-2', '2e-2'))
     before = (judged / 'results.json').read_bytes()
     with pytest.raises(UserError, match=f'{differing}.*--out_dir'):
         compare.main(words('judged', '--variants=gpt2', '--seeds=1,2', *(arg.format(place=place) for arg in args)))
     assert not calls and (judged / 'results.json').read_bytes() == before
+
+
+def test_another_device_goes_on_with_the_comparison(words, judged):
+    """Where refinement turns out to be impossible on one, nothing that was trained there is lost."""
+    words = words('judged', '--variants=gpt2', '--seeds=1', '--device=auto')
+    config, _ = compare.configure(words, compare.CompareConfig)
+    compare.check_same_runs(config, compare.plan(config))
 
 
 @pytest.mark.slow
@@ -273,9 +279,9 @@ def test_every_recipe_can_be_shared(place, words, recipe):
         assert model_config.model_type == asked.get('model_type', 'gpt2') and settings.num_epochs == 0
         tokens = settings.batch_size * settings.gradient_accumulation_steps * model_config.block_size
         assert settings.max_iters == max_iters == round(1e8 / tokens)
-        assert train.Schedule(settings, 1000).warmup <= max(max_iters / 10, settings.warmup_ratio * max_iters + 1)
+        assert train.Schedule(settings, 1000, 1).warmup <= max(max_iters / 10, settings.warmup_ratio * max_iters + 1)
         assert settings.eval_interval <= max(1, max_iters / compare.EVALUATIONS)
-        assert train.Schedule(settings, 1000).end == max_iters
+        assert train.Schedule(settings, 1000, 1).end == max_iters
 
 
 def measured_rows(planned, words):

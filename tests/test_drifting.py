@@ -602,8 +602,8 @@ def test_checkpointing_reaches_the_encoder(tiny, encoder):
 
 def test_training_into_the_encoder_is_refused(tiny, encoder):
     config, model_config = tiny(model_type='drifting', encoder=encoder, out_dir=encoder)
-    with pytest.raises(UserError, match='is the encoder'):
-        Trainer(config, model_config, Ranks())
+    with pytest.raises(UserError, match='is encoder too.*another --out_dir'):
+        train.train(config, model_config)
 
 
 def test_collapse_is_reported():

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import signal
 import time
 
 import pytest
@@ -220,4 +219,18 @@ def test_a_launcher_may_set_rank_alone(command_line, settings):
 def test_every_rank_says_what_is_wrong(command_line):
     done = run_script('train.py', *command_line(batch_size=0), check=False, env={'RANK': '3', 'LOCAL_RANK': '3'})
     assert done.returncode == 2 and done.stderr.startswith('train.py: rank 3: batch_size=0')
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize('when, kept', [(3, None), (6, 3)])
+def test_weights_that_are_no_numbers_are_not_kept(tiny, monkeypatch, when, kept):
+    """Where an evaluation finds that, the last checkpoint is the best one again, or none where there is no better one."""
+    real = Trainer.evaluate
+
+    def evaluate(self, split):
+        return real(self, split) | ({'loss': float('nan')} if self.iter_num == when else {})
+    monkeypatch.setattr(Trainer, 'evaluate', evaluate)
+    config, *rest = tiny()
+    with pytest.raises(SystemExit, match='validation loss is nan.*' + ('best one again' if kept else 'no better')):
+        train.train(config, *rest)
+    assert os.path.exists(os.path.join(config.out_dir, 'ckpt.pt')) == bool(kept)
+    assert not kept or load(config.out_dir)['iter_num'] == kept

@@ -201,7 +201,7 @@ def test_a_run_may_go_on_in_float16(tiny):
 def test_a_new_run_forgets_the_best_of_an_old_one(tiny, at_iteration):
     config, model_config = tiny()
     train.train(config, model_config)
-    again, model_config = tiny(eval_interval=100, max_iters=4, seed=2)
+    again, model_config = tiny(eval_interval=100, max_iters=4, seed=2, overwrite=True)
     at_iteration(2, lambda: signal.raise_signal(signal.SIGINT))
     assert train.train(again, model_config) == 130
     assert not os.path.exists(f'{config.out_dir}/ckpt_best.pt')
@@ -514,7 +514,7 @@ def test_the_best_checkpoint_is_the_best(tiny, monkeypatch):
 # schedule
 
 def rates(iters_per_epoch=10, at=(0,), **overrides):
-    schedule = Schedule(TrainConfig(**dict(learning_rate=1.0, max_iters=100) | overrides), iters_per_epoch)
+    schedule = Schedule(TrainConfig(**dict(learning_rate=1.0, max_iters=100) | overrides), iters_per_epoch, 1)
     return [round(schedule.lr(i), 12) for i in at]
 
 
@@ -560,7 +560,7 @@ def test_exactly_max_iters_updates_at_the_rates_of_the_schedule(tiny):
     train.train(config, model_config)
     state = load(config.out_dir)
     assert {int(s['step']) for s in state['optimizer']['state'].values()} == {5} == {state['iter_num']}
-    schedule = Schedule(config, 1)
+    schedule = Schedule(config, 1, 1)
     written = metrics(config.out_dir)
     steps = [line for line in written if 'loss' in line]
     assert [line['iter'] for line in steps] == [1, 2, 3, 4, 5]
