@@ -300,6 +300,7 @@ def load(config, out_dir, device):
     if state['tokenizer'] is None:
         raise UserError(f'{out_dir}: its tokenizer is unknown here')
     facts = {key: state[key] for key in ('config', 'tokenizer', 'run_id', 'parents')}  # the rest is large
+    facts['data'] = state.get('data')  # hashes of its text, which older runs did not keep
     facts['published_labels'] = (state.get('experiment') or {}).get('published')
     return Entry(out_dir, facts, load_model(state, device), tokenizer_from_meta(state['tokenizer']))
 
@@ -346,6 +347,9 @@ def tell(config, entries, likelihoods, samples):
                       'takes all of it')
     for entry in entries:
         kind = entry.model.config.model_type
+        val = data_of(config, entry)[1]['splits']['val']
+        if not config.data and (entry.state['data'] or {}).get('val') not in (None, val['text_sha256']):
+            console.print(f'{entry.name}: its data set was prepared anew since; this is not the text it was validated on')
         if entry.state.get('published_labels'):
             console.print(f'{entry.name} learned the token after the next one (--published=True), and is scored by the next')
         if not likelihoods[entry.name]:

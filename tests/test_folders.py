@@ -8,6 +8,7 @@ import pytest
 from conftest import pseudo_text, resume, run_script
 from test_train import assert_same_run, load, metrics
 
+import evaluate
 import prepare
 import train
 from nanodrift import checkpoint
@@ -75,7 +76,7 @@ def test_a_run_does_not_overwrite_what_it_comes_from(command_line, settings, nam
     assert contents(out_dir) == before
 
 
-def test_resuming_on_another_text_is_refused(tmp_path, command_line, settings, data_dir):
+def test_resuming_on_another_text_is_refused(tmp_path, command_line, settings, capsys):
     for name, seed in (('one', 1), ('two', 2)):
         (tmp_path / f'{name}.txt').write_text(pseudo_text(seed=seed), encoding='utf-8')
         prepare.main([f'--input={tmp_path}/{name}.txt', f'--name={name}', '--tokenizer=byte', '--num_proc=1',
@@ -89,6 +90,8 @@ def test_resuming_on_another_text_is_refused(tmp_path, command_line, settings, d
     with pytest.raises(UserError, match='prepared anew.*another text'):
         resume(out_dir, '--max_iters=9')
     assert contents(out_dir) == before
+    evaluate.main([f'--out_dir={out_dir}', '--device=cpu'])
+    assert 'prepared anew since' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, command_line):
