@@ -32,7 +32,7 @@ from nanodrift import huggingface, ngrams, quality
 from nanodrift.checkpoint import FILES
 from nanodrift.data import Stream, Windows, derive_seed, load_meta, read_tokens
 from nanodrift.machine import DTYPES, Ranks, pick_dtype, setup_ranks
-from nanodrift.metrics import over_windows
+from nanodrift.metrics import over_windows, perplexity
 from nanodrift.objectives import NEXT_TOKEN
 from nanodrift.options import UserError, check_options, configure, option, read_values, run
 from nanodrift.refinement import RefineConfig, check_defined
@@ -61,7 +61,7 @@ class EvalConfig:
     num_samples: int = option(1000, 'samples of each model', at_least=2 * quality.FOLDS)
     length: int = option(64, 'tokens of each sample', at_least=4)
     ways: str = option('', "diffusion: several ways to draw samples, a row each: 'max_steps=8;max_steps=8,remask=flag'")
-    seed: int = option(1337, 'of samples and of what they are compared with')
+    seed: int = option(1337, 'of samples and of what they are compared with', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of likelihoods: auto takes the fastest safe one; samples are drawn in float32',
                         ('auto', *DTYPES))
@@ -147,7 +147,7 @@ def likelihood(config, entry, ranks, dtype):
         partial(objective.metrics, model, calibrated=True), ranks, dtype, config.draws if bound else 1, config.stride)
     numbers = objective.summary(measured)
     loss, val = numbers[objective.val_metric], meta['splits']['val']
-    numbers |= {'bound': loss} if bound else {'perplexity': math.exp(loss)}
+    numbers |= {'bound': loss} if bound else {'perplexity': perplexity(loss)}
     return numbers | {'bits_per_byte': loss / math.log(2) * val['tokens'] / val['bytes'],
                       'predictions': float(measured['accuracy'].count)}
 
@@ -274,7 +274,7 @@ def cells(numbers, columns, hide=()):
     for key in columns:
         value = numbers.get('bound' if bound and key == 'loss' else key)
         if bound and key == 'perplexity':
-            value = math.exp(numbers['bound'])
+            value = perplexity(numbers['bound'])
         if value is None or key in hide:
             row.append('')
         elif bound and key == 'loss':
@@ -308,7 +308,7 @@ def load(config, out_dir, device):
 def evaluate(config, draw_config, ranks):
     """{checkpoint: {name: number}} of likelihood, {row: {name: number}} of samples; printed by the first rank."""
     dtype = pick_dtype(config.dtype, ranks.device)
-    entries = [load(config, out_dir, ranks.device) for out_dir in config.out_dir.split(',')]
+    entries = [load(config, out_dir, ranks.device) for out_dir in map(str.strip, config.out_dir.split(','))]
     judge = load(config, config.judge, ranks.device) if config.judge else None
     if judge:
         check_judge(config, judge, entries)

@@ -45,7 +45,7 @@ class GenerateConfig:
     ignore_eot: bool = option(False, 'print what follows end-of-text too')
     animate: bool = option(False, 'play the refinement of the first sample in the terminal')
     html: str = option('', 'write a page that plays the refinement of the first sample, all in one file')
-    seed: int = option(1337, 'the same seed gives the same samples on the same machine')
+    seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 

@@ -136,7 +136,7 @@ class Attention(nn.Module):
         super().__init__()
         # layer: this block's index in the KV cache
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
-        # Linear is nn.Linear, whose product generation may replace (kernels.py)
+        # an nn.Linear whose matrix product kernels.py can swap for a faster one during generation
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads in one product
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True  # read by GPT._init_weights
@@ -190,11 +190,12 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2, and what all model types share. `GPT(config)` is a model of the class that TYPES has for config.model_type;
-    `encoder` is the trained gpt2 model that types with config.has_encoder compare text in."""
+    `encoder`: a trained gpt2 model, in whose features types with config.has_encoder compare text."""
 
     def __new__(cls, config=None, encoder=None):
-        # config is None when a model is copied or unpickled; a subclass that TYPES does not name stays what it is
+        # there is no config when a model is copied or unpickled
         model = cls if config is None else TYPES[config.model_type].model
+        # a subclass made elsewhere stays what it is
         return super().__new__(model if issubclass(model, cls) else cls)
 
     def __init__(self, config, encoder=None):
@@ -202,7 +203,7 @@ class GPT(nn.Module):
         self.config, self.objective = config, TYPES[config.model_type].objective(config)
         # bypass nn.Module: the encoder is frozen, so it is kept out of parameters() and state_dict()
         object.__setattr__(self, 'encoder', encoder)
-        # the modules that trunk runs, in order; not registered again, since h holds their parameters
+        # what trunk runs; a plain list, so that nn.Module does not register it again: transformer.h holds these modules
         self.layers = self.build(config)
         self.apply(self._init_weights)
 
@@ -289,9 +290,9 @@ class GPT(nn.Module):
             yield fresh[:, 0]
 
     def compile_blocks(self):
-        """torch.compile, block by block: the compiled code of one block serves all of them. This takes seconds, where the
-        whole model takes a minute, and the head can still work in chunks."""
-        if self.device.type == 'cpu':  # compiled code draws dd's noise one number at a time
+        """torch.compile, block by block: the code of one serves all, and so compiling takes seconds and not the minute of
+        a whole model. The head is not compiled, so that it can work in chunks."""
+        if self.device.type == 'cpu':  # otherwise compiled code would draw dd's noise one number at a time
             torch._inductor.config.fallback_random = True
         for block in self.layers:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
@@ -302,8 +303,8 @@ class GPT(nn.Module):
         self.layers = [kernels.Recomputed(block) for block in self.layers]
 
     def decay_groups(self, weight_decay):
-        """Parameter groups for the optimizer: matrices and embeddings decay, which are called `weight` and have two
-        dimensions. Biases, gains and all other parameters do not, whatever their shape."""
+        """Parameter groups for the optimizer. Parameters called `weight` that have two dimensions decay: matrices and
+        embeddings. All others do not, whatever their shape."""
         trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         matrices = {name for name, p in trainable.items() if p.dim() >= 2 and name.endswith('.weight')}
         return [{'params': [p for name, p in trainable.items() if name in matrices], 'weight_decay': weight_decay},

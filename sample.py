@@ -41,7 +41,7 @@ class SampleConfig:
     top_p: float = option(1.0, 'draw from the fewest most likely tokens that have this much probability together', above=0,
                           at_most=1)
     ignore_eot: bool = option(False, 'go on past end-of-text')
-    seed: int = option(1337, 'the same seed gives the same samples on the same machine')
+    seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
 
@@ -71,7 +71,7 @@ def read_prompt(start):
         return start
     path = start.removeprefix('FILE:')
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open(path, encoding='utf-8-sig', newline='') as f:  # without a byte-order mark
             return f.read()
     except OSError as e:
         raise UserError(f'cannot read the prompt {path}: {e.strerror}') from None

@@ -22,7 +22,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from model import GPT, GPTConfig, load_encoder
 from nanodrift import checkpoint, huggingface
@@ -30,7 +29,7 @@ from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, option, read_values, run
-from nanodrift.runlog import RunLog
+from nanodrift.runlog import RunLog, tell
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 # signals that end a run with a checkpoint; some are unknown to Windows
@@ -433,7 +432,7 @@ class Trainer:
 
     def say(self, line):
         if self.ranks.first:
-            tqdm.write(line)
+            tell(line)
 
 
 class Schedule:

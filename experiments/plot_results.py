@@ -9,11 +9,11 @@ the training dynamics of calibration, the trade-off between perplexity and calib
 depths differ, calibration and the learned diffusion time against depth, with the law t = 0.28 * sqrt(4 / L).
 """
 import json
-import math
 import os
 from dataclasses import dataclass
 
 from model import GPTConfig
+from nanodrift.metrics import perplexity
 from nanodrift.options import UserError, configure, option, run
 from nanodrift.report import figure, reliability
 
@@ -43,7 +43,7 @@ class Run:
             raise UserError(f'{path} holds no evaluation yet')
         for entry in self.evaluations:
             if 'val_nelbo_stderr' not in entry and 'val_collapsed' not in entry:  # there val_loss is no cross entropy
-                entry.setdefault('val_perplexity', math.exp(min(entry['val_loss'], 700)))
+                entry.setdefault('val_perplexity', perplexity(entry['val_loss']))
 
     def curve(self, name):
         """Iterations and values of one metric, where it was measured."""

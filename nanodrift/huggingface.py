@@ -221,8 +221,8 @@ def halves(token, ranks):
 def hf_tokenizer(tokenizer):
     """A Tokenizer of ours as one of the tokenizers library."""
     if tokenizer.name == 'char':
-        vocab = {c: i for i, c in enumerate(tokenizer.characters)}
-        theirs = HFTokenizer(models.WordLevel(vocab, unk_token=tokenizer.characters[0]))
+        vocab = {c: i for i, c in enumerate([*tokenizer.characters, EOT_TEXT])}  # an unknown character ends the text
+        theirs = HFTokenizer(models.WordLevel(vocab, unk_token=EOT_TEXT))
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         theirs.decoder = decoders.Fuse()
     else:
@@ -277,4 +277,5 @@ def write_tokenizer(folder, tokenizer, block_size):
     write_text(folder, 'tokenizer.json', hf_tokenizer(tokenizer).to_str(pretty=True))
     write_json(folder, 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': EOT_TEXT, 'eos_token': EOT_TEXT, 'unk_token': EOT_TEXT,
+        'model_input_names': ['input_ids', 'attention_mask'],  # GPT-2 has no token types
         'model_max_length': block_size, 'clean_up_tokenization_spaces': False})

@@ -151,6 +151,11 @@ def over_chunks(model, x, targets, measure):
     return combine([measure(model.head(chunk), y) for chunk, y in chunks])
 
 
+def perplexity(loss):
+    """exp(loss), which is infinite where a number cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class Interrupted(Exception):
     """An evaluation was left because a rank is to stop."""
 

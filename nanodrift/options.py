@@ -225,6 +225,9 @@ def run(main):
             time.sleep(OTHER_RANKS_WAIT)
         print(f'{name}: ' + f'rank {os.environ.get("RANK")}: ' * (rank != '0') + str(e), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has had enough of it, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

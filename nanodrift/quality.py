@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from nanodrift import ngrams
 from nanodrift.data import derive_seed
-from nanodrift.metrics import over_chunks, predictions
+from nanodrift.metrics import over_chunks, perplexity, predictions
 
 FOLDS = 5
 MAUVE_SEEDS, MAUVE_SCALE, MAUVE_POINTS = 5, 5.0, 100
@@ -92,7 +92,7 @@ def describe(samples, judged, seed=0):
     """{name: number} of samples (N, T), compared with the real text of a Judged."""
     features, loss = judged.of(samples)
     numbers = {'classifier': classifier_accuracy(features, judged.features, seed),
-               'mauve': mauve(features, judged.features, seed), 'judge_perplexity': math.exp(loss)}
+               'mauve': mauve(features, judged.features, seed), 'judge_perplexity': perplexity(loss)}
     numbers |= {f'js_{n}': ngrams.divergence(samples, judged.reference, n) for n in (1, 2, 3, 4)}
     numbers |= {'entropy': ngrams.entropy(samples), 'repetition': ngrams.repetition(samples)}
     return numbers | {f'distinct_{n}': ngrams.distinct(samples, n) for n in (1, 2, 3)}

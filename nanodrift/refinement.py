@@ -327,8 +327,9 @@ class Remask:
     """
     A rule that opens committed tokens again.
 
-    probability: see above. remdm: whether the forward process compensates it by committing more (defined for `ancestral`
-    alone). alphas: time -> the share committed by then. eta: the default of --eta.
+    probability: a function as above. compensated: `ancestral` then commits more, so that the schedule still holds; such a
+    rule goes with `ancestral` alone, and its probability is at most `greatest_sigma`. alphas: time -> the share committed
+    by then. eta: the default of --eta.
     """
     probability: Callable
     compensated: bool = False

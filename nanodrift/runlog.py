@@ -18,6 +18,15 @@ SHOWN = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_accuracy': 'ac
          'val_diversity': 'diversity'}
 
 
+def tell(line):
+    """Prints a line above the progress bar. Where nobody reads any more (`| head`), all further ones are lost."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+
+
 class RunLog:
     """metrics.jsonl, the terminal, and wandb when asked. Lives on the first rank."""
 
@@ -87,8 +96,7 @@ class RunLog:
         self.bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
         if self.bar.disable:
             left = (self.trainer.schedule.max_iters - self.trainer.iter_num) * self.tokens_per_iter / speed
-            print(f'iter {self.trainer.iter_num}: loss {loss:.4f}, {speed:,.0f} tokens/s, {left / 60:.1f} min left',
-                  flush=True)
+            tell(f'iter {self.trainer.iter_num}: loss {loss:.4f}, {speed:,.0f} tokens/s, {left / 60:.1f} min left')
 
     def evaluation(self, metrics):
         """{name: value} of one evaluation; a loss in nats per token is given in bits per byte as well. A line on the

@@ -63,6 +63,16 @@ def test_transformers_has_the_same_logits_and_the_same_ids(trained, tmp_path, da
     assert greedy[0, 4:].tolist() == [int(column) for column in mine.generate(X[:, :4], 8, temperature=0)]
 
 
+@pytest.mark.parametrize('dataset', ['text_byte', 'text_char'])
+def test_the_tokenizer_hands_out_what_gpt2_takes_and_maps_no_character_to_another(trained, tmp_path, dataset):
+    """Token types would shift the logits of some versions of transformers; an unknown character is end of text."""
+    export.main([f"--out_dir={trained('model', dataset=dataset)}", f'--to={tmp_path}/hf'])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    assert set(tokenizer('a')) == {'input_ids', 'attention_mask'}
+    if dataset == 'text_char':
+        assert tokenizer('\u2603')['input_ids'] == [tokenizer.eos_token_id] != tokenizer('a')['input_ids']
+
+
 def test_gpt2s_own_tokenizer_goes_along(tmp_path):
     ours = tokenizer_from_spec('gpt2')
     theirs = huggingface.hf_tokenizer(ours)

@@ -2,10 +2,12 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import pseudo_text, resume, run_script
+from conftest import ROOT, pseudo_text, resume, run_script
 from test_train import assert_same_run, load, metrics
 
 import evaluate
@@ -237,3 +239,23 @@ def test_weights_that_are_no_numbers_are_not_kept(tiny, monkeypatch, when, kept)
         train.train(config, *rest)
     assert os.path.exists(os.path.join(config.out_dir, 'ckpt.pt')) == bool(kept)
     assert not kept or load(config.out_dir)['iter_num'] == kept
+
+
+def test_training_goes_on_where_nobody_reads(command_line, settings):
+    """A reader of the output that leaves, as head does, ends neither the run nor its checkpoints."""
+    words = [sys.executable, 'train.py', *command_line(max_iters=40, log_interval=1)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(300) == 0
+    assert load(settings()['out_dir'])['iter_num'] == 40
+
+
+def test_a_sample_that_nobody_reads_ends_quietly(command_line, settings):
+    assert start(command_line) == 0
+    words = [sys.executable, 'sample.py', f"--out_dir={settings()['out_dir']}", '--num_samples=200', '--max_new_tokens=200',
+             '--device=cpu', '--ignore_eot=True', '--start=a']
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert b'Traceback' not in process.stderr.read() and process.wait(300) in (0, 141)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_model import make
 
 from nanodrift import kernels
+from nanodrift import metrics as metrics_module
 from nanodrift.data import Stream, derive_seed
 from nanodrift.kernels import IGNORE
 from nanodrift.machine import Ranks
@@ -237,3 +238,7 @@ def test_only_the_end_of_a_window_counts_but_all_of_the_first():
     found, noise = measure_windows(counted=2)['distance'], noise_of(0)
     wanted = torch.cat((noise[0], noise[1:, -2:].flatten()))
     assert found.count == len(wanted) and found.value() == pytest.approx(wanted.mean().item(), rel=1e-5)
+
+
+def test_the_perplexity_of_a_diverged_model_is_infinite():
+    assert metrics_module.perplexity(2.0) == pytest.approx(math.exp(2)) and metrics_module.perplexity(1e5) == math.inf

@@ -95,3 +95,8 @@ def test_output_is_utf8_whatever_the_locale(out_dir, tmp_path):
              '--max_new_tokens=2']
     done = subprocess.run(words, capture_output=True, env={'LC_ALL': 'C', 'PYTHONUTF8': '0'}, check=True, cwd=ROOT)
     assert done.stdout.startswith('é€🙂'.encode())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
+    (tmp_path / 'prompt.txt').write_bytes('\ufeffabc\r\n'.encode())
+    assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'abc\r\n'
