@@ -227,7 +227,8 @@ def test_decay_groups_cover_every_parameter_once(variant):
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     spared = {id(p) for p in rest['params']}
     for name, p in model.named_parameters():
-        matrix = name.endswith(tuple(f'{layer}.weight' for layer in ('c_attn', 'c_proj', 'c_fc', 'wte', 'wpe', 'bottleneck')))
+        matrices = ('c_attn', 'c_proj', 'c_fc', 'wte', 'wpe', 'bottleneck')
+        matrix = name.endswith(tuple(f'{layer}.weight' for layer in matrices))
         assert (id(p) in spared) != (matrix or '.mlp.' in name and p.dim() == 2), name
 
 
