@@ -35,6 +35,7 @@ def without_noise(model_type):
     return {'model_type': model_type} | ({'apply_diffusion': False} if model_type == 'dd' else {})
 
 
+@pytest.mark.slow
 @every_type
 @pytest.mark.parametrize('order, grad_clip', [('epoch', 0.0), ('random', 0.1)])
 def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, order, grad_clip):

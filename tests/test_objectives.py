@@ -105,7 +105,7 @@ def loss_in_a_loop(logits, Y, X, keep_mask=0.25, mask_correct=0.5):
         weight = 1.0
         if int(row.argmax()) == MASK:
             weight = keep_mask if x == MASK else mask_correct if x == y else 1.0
-        total += weight * -float(row.log_softmax(-1)[y])
+        total += weight * -float(row.detach().log_softmax(-1)[y])
     return total / Y.numel()
 
 
