@@ -121,12 +121,17 @@ def data_of(config, entry):
 
 
 def xz_bits_per_byte(folder, meta, tokenizer):
-    """What `xz -9` needs for a data set's validation text, without its end-of-text tokens; None where that is long."""
+    """{name: what `xz -9` needs} for a data set's validation text, without its end-of-text tokens: each document by itself,
+    and all together, so that it can refer from one to another. Empty where the text is long."""
     if meta['splits']['val']['bytes'] > XZ_AT_MOST:
-        return None
+        return {}
     ids = read_tokens(folder, 'val', meta)
-    text = tokenizer.decode_bytes(ids[ids != meta['eot']].tolist())
-    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+    ends = np.flatnonzero(ids == meta['eot'])
+    documents = [tokenizer.decode_bytes(part[part != meta['eot']].tolist()) for part in np.split(ids, ends)]
+
+    def bits(texts):
+        return 8 * sum(len(lzma.compress(text, preset=9)) for text in texts if text) / sum(map(len, documents))
+    return {'xz -9, each document': bits(documents), 'xz -9, all together': bits([b''.join(documents)])}
 
 
 def likelihood(config, entry, ranks, dtype):
@@ -334,9 +339,8 @@ def tell(config, entries, likelihoods, samples):
     contexts = {entry.name: entry.model.config.block_size for entry in entries}
     named = {f'{entry.name} ({entry.model.config.model_type}, context {contexts[entry.name]})': likelihoods[entry.name]
              for entry in entries}
-    xz = xz_bits_per_byte(*data_of(config, entries[0]), entries[0].tokenizer) if len(texts) == 1 else None
-    if xz is not None:
-        named['xz -9, for comparison'] = {'bits_per_byte': xz}
+    xz = xz_bits_per_byte(*data_of(config, entries[0]), entries[0].tokenizer) if len(texts) == 1 else {}
+    named |= {name: {'bits_per_byte': bits} for name, bits in xz.items()}
     show('validation text', named, LIKELIHOOD, console, hide)
     if len(texts) > 1:
         console.print('different validation texts: nothing here can be compared; name one text with --data')
