@@ -25,7 +25,7 @@ from nanodrift.refinement import RefineConfig
 from nanodrift.tokenizer import tokenizer_from_meta
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-COLUMNS, SHOWN = 58, 5  # characters of a line, steps
+COLUMNS, SHOWN = 68, 5  # characters of a line, steps
 INK, FAINT = '#22252a', '#8a8f98'
 
 
@@ -59,12 +59,14 @@ def draw_canvas(axes, recording):
                 if revised and token is not None:
                     axes.plot([x, x + cell_len(shown)], [y + 0.42] * 2, color=INK, linewidth=1.1)
                 for i, character in enumerate(shown):
-                    axes.text(x + i + 0.5, y, character, family='monospace', fontsize=9.5, ha='center', va='center',
+                    axes.text(x + i + 0.5, y, character, family='monospace', fontsize=10.5, ha='center', va='center',
                               color=FAINT if token is None else INK, weight='bold' if recording.fixed[n] else 'normal')
                 x += widths[n]
             y += 1
         y += 0.5
-    axes.set(xlim=(0, COLUMNS), ylim=(y - 0.5, -0.7))
+    axes.text(0, y, 'bold: given; colour: confidence, from red to green; underlined: opened again at some step', fontsize=8,
+              color=FAINT, va='center')
+    axes.set(xlim=(0, COLUMNS), ylim=(y + 0.5, -0.7))
     axes.axis('off')
 
 
