@@ -6,9 +6,6 @@ import json
 import os
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as HFTokenizer
 
 from nanodrift import checkpoint
 from nanodrift.checkpoint import EMBEDDING
@@ -118,6 +115,7 @@ def _read_tensors(name):
 
 
 def _read_safetensors(path):
+    from safetensors.torch import load_file  # here, since training needs neither this package nor the next
     try:
         return load_file(path)
     except Exception as e:
@@ -220,6 +218,8 @@ def halves(token, ranks):
 
 def hf_tokenizer(tokenizer):
     """A Tokenizer of ours as one of the tokenizers library."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
     if tokenizer.name == 'char':
         vocab = {c: i for i, c in enumerate([*tokenizer.characters, EOT_TEXT])}  # an unknown character ends the text
         theirs = HFTokenizer(models.WordLevel(vocab, unk_token=EOT_TEXT))
@@ -270,6 +270,7 @@ def write_ours(state, folder):
 
 
 def write_weights(folder, weights):
+    from safetensors.torch import save_file
     save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
 
 
