@@ -251,6 +251,7 @@ def test_the_loss_of_training_has_the_expectation_of_the_bound():
 
 
 @pytest.mark.parametrize('objective', ['repair', 'nelbo'])
+@torch.no_grad()
 def test_a_model_that_knows_nothing_needs_log_v(objective):
     model = make(objective)
     torch.nn.init.zeros_(model.transformer.wte.weight)
