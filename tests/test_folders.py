@@ -213,6 +213,7 @@ def test_a_signal_during_an_evaluation_ends_it(tiny, monkeypatch, number):
     assert_same_run(straight.out_dir, config.out_dir)
 
 
+@pytest.mark.slow
 def test_a_launcher_may_set_rank_alone(command_line, settings):
     env = {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29655'}
     run_script('train.py', *command_line(max_iters=2), env=env)
@@ -221,6 +222,7 @@ def test_a_launcher_may_set_rank_alone(command_line, settings):
     assert 'loss' in json.loads(done.stdout.splitlines()[-1])['likelihood'][out_dir]
 
 
+@pytest.mark.slow
 def test_every_rank_says_what_is_wrong(command_line):
     done = run_script('train.py', *command_line(batch_size=0), check=False, env={'RANK': '3', 'LOCAL_RANK': '3'})
     assert done.returncode == 2 and done.stderr.startswith('train.py: rank 3: batch_size=0')
