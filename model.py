@@ -110,6 +110,11 @@ class GPTConfig:
         return self.model_type == 'drifting' or self.model_type == 'diffusion' and self.diffusion_objective == 'drift'
 
     @property
+    def outputs_embeddings(self):
+        """Whether a forward pass returns embeddings, decoded to the nearest of the encoder's, instead of logits."""
+        return self.model_type == 'drifting'
+
+    @property
     def causal(self):
         """Whether outputs never depend on later tokens; false for diffusion, drifting and published adaptive heat."""
         return self.model_type not in ('diffusion', 'drifting') and not (self.published and self.heat_t == 'adaptive')

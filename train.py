@@ -318,7 +318,7 @@ class Trainer:
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
         if model.encoder is not None:
             check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
-            if source is not None and model_config.model_type == 'drifting':  # whose outputs are that encoder's embeddings
+            if source is not None and model_config.outputs_embeddings:  # which only the same encoder can decode
                 checkpoint.check_encoder(model, source)
             ancestors = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in ancestors if name not in self.parents)]

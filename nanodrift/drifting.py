@@ -224,7 +224,7 @@ def freeze_encoder(encoder, config):
         assert not config.has_encoder, 'this type needs GPT(config, encoder): see load_encoder'
         return
     encoder.requires_grad_(False)
-    for name in ('n_embd', 'vocab_size') if config.model_type == 'drifting' else ('vocab_size',):
+    for name in ('n_embd', 'vocab_size') if config.outputs_embeddings else ('vocab_size',):
         theirs, mine = getattr(encoder.config, name), getattr(config, name)
         if theirs != mine:
             raise UserError(f'encoder={config.encoder} has {name}={theirs}, not {mine}: it must have the same')
