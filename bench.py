@@ -96,7 +96,7 @@ def our_side(config, model_config, device, dtype):
         return loss
 
     def generate(prompt, count):
-        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+        with autocast(device, dtype):
             for column in model.generate(prompt, count, temperature=0.8, top_k=200):
                 column.tolist()  # sample.py looks at every token
 
@@ -225,12 +225,12 @@ def bench_refine(config, model_config, device, dtype, streams):
     canvas = torch.full((streams, T), model_config.vocab_size, device=device)
 
     def left_to_right():
-        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+        with autocast(device, dtype):
             for column in plain.generate(prompt, T - 1, temperature=0.8, top_k=200):
                 column.tolist()
 
     def refined(steps):
-        with autocast(device, 'float32' if device.type == 'cpu' else dtype):
+        with autocast(device, dtype):
             diffusion.generate_diffusion(canvas, max_steps=steps).tolist()
 
     ways = {'gpt2': left_to_right} | {f'{n} steps': partial(refined, n) for n in split_numbers(config.max_steps)}

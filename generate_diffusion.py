@@ -21,7 +21,7 @@ from nanodrift import player
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
-from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_sampling_dtype
+from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import RefineConfig, Step, check_defined
 from nanodrift.tokenizer import tokenizer_from_meta
@@ -47,7 +47,7 @@ class GenerateConfig:
     html: str = option('', 'write a page that plays the refinement of the first sample, all in one file')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
+    dtype: str = option('auto', 'of matrix products: auto takes the fastest safe one of the device', ('auto', *DTYPES))
 
     def __post_init__(self):
         check_options(self)
@@ -204,7 +204,7 @@ def main(argv):
     if refine_config.flag_threshold != RefineConfig.flag_threshold and refine_config.remask != 'flag' and not config.repair:
         raise UserError(f'flag_threshold={refine_config.flag_threshold} is for --remask=flag and --repair')
     device = pick_device(config.device, float64=True)
-    dtype = pick_sampling_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device)
     state = open_run(config.out_dir, config.ckpt)
     model, tokenizer = load_model(state, device), tokenizer_from_meta(state['tokenizer'])
     check_defined(refine_config, model)

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanodrift import checkpoint, drifting, huggingface, kernels, objectives
+from nanodrift.context import KVCache
 from nanodrift.kernels import Linear, padded_vocab_size
 from nanodrift.options import UserError, check_options, from_stored, option
 from nanodrift.refinement import RefineConfig, check_defined, refine
@@ -139,29 +140,28 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        # layer: this block's index in the KV cache
+        # layer: this block's index in the cache
         self.config, self.n_head, self.dropout, self.layer = config, config.n_head, config.dropout, layer
         # an nn.Linear whose matrix product kernels.py can swap for a faster one during generation
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads in one product
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True  # read by GPT._init_weights
 
-    def forward(self, x, cache=None):
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x, context=None):
+        """x (B, T, C) -> (B, T, C). context: what is attended to besides x, a KVCache or Streams of nanodrift/context.py."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        y = self.attend(q, k, v, cache)
+        y = self.attend(q, k, v, context)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def attend(self, q, k, v, cache=None, scale=None):
+    def attend(self, q, k, v, context=None, scale=None):
         """q, k, v (B, H, T, D) -> (B, H, T, D): each position attends to itself and to what comes before it. scale: factor
         of the scores, None for 1 / sqrt(D)."""
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        # is_causal assumes as many queries as keys; a single query from the cache may see all keys
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
-                                              is_causal=self.causal and q.size(2) > 1, scale=scale)
+        sdpa = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0, scale=scale)
+        if context is not None:
+            return context.attend(sdpa, self.layer, q, k, v)
+        return sdpa(q, k, v, is_causal=self.causal)
 
 
 class MLP(nn.Sequential):
@@ -187,8 +187,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, context=None):
+        x = x + self.attn(self.ln_1(x), context)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -252,17 +252,15 @@ class GPT(nn.Module):
             return logits, self.objective.loss(logits, targets, weights)
         return None, self.objective.head_loss(x, self.lm_head.weight, n_logits, targets, weights)
 
-    def trunk(self, idx, cache=None):
+    def trunk(self, idx, context=None):
         """Token ids (B, T) -> hidden states (B, T, C) after the final norm."""
-        start, T = 0 if cache is None else cache.length, idx.size(1)
-        assert start + T <= self.config.block_size, f'{start + T} tokens do not fit block_size {self.config.block_size}'
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:start + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        T = idx.size(1)
+        assert context is not None or T <= self.config.block_size, f'{T} tokens do not fit {self.config.block_size}'
+        positions = self.transformer.wpe.weight[:T] if context is None else self.transformer.wpe(context.positions)
+        x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block in self.layers:
             # block.forward bypasses torch.compile, which would recompile for every cache length
-            x = block(x) if cache is None else block.forward(x, cache)
-        if cache is not None:
-            cache.length += T
+            x = block.forward(x, context) if isinstance(context, KVCache) else block(x, context)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -282,13 +280,18 @@ class GPT(nn.Module):
         packed = kernels.pack_weights(self, rows=len(idx))
         cache = None
         if use_cache and self.config.causal:
-            cache = kernels.KVCache(self, len(idx), min(block_size, idx.size(1) + max_new_tokens))
-        fresh = idx  # tokens not yet in the cache: first the prompt, then one token
+            cache = KVCache(self, len(idx), min(block_size, idx.size(1) + max_new_tokens))
+        held, fresh = 0, idx  # tokens in the cache; tokens not yet in it: first the prompt, then one token
         for _ in range(max_new_tokens):
-            if cache is not None and cache.length + fresh.size(1) > block_size:
+            if held + fresh.size(1) > block_size:
                 cache = None  # the window is full: from here on recompute it
             with torch.inference_mode(), kernels.packed_weights(packed):
-                x = self.trunk(fresh if cache is not None else idx[:, -block_size:], cache)
+                if cache is None:
+                    x = self.trunk(idx[:, -block_size:])
+                else:
+                    held += fresh.size(1)
+                    x = self.trunk(fresh, cache.begin(fresh.size(1)))
+                    cache.keep(fresh.size(1))
                 column = sample_logits(self.head(x[:, -1]), temperature, top_k, top_p, rng)  # (B,)
             fresh = column.clone()[:, None]  # a normal tensor: inference tensors cannot be used in autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
@@ -347,9 +350,9 @@ class DriftDiffusionAttention(Attention):
         if config.apply_diffusion and config.published:
             self.diffusion_param = nn.Parameter(torch.full((H, D), config.diffusion_std))
 
-    def attend(self, q, k, v, cache=None):
+    def attend(self, q, k, v, context=None):
         c = self.config
-        y = super().attend(q, k, v, cache).transpose(1, 2)  # (B, T, H, D)
+        y = super().attend(q, k, v, context).transpose(1, 2)  # (B, T, H, D)
         if c.apply_drift and c.published:
             y = y + self.drift_param.sigmoid() * (y - self.baseline if c.baseline_each_head else y)
         elif c.apply_drift:
@@ -369,23 +372,28 @@ class HeatAttention(Attention):
         super().__init__(config, layer)
         self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
 
-    def attend(self, q, k, v, cache=None):
+    def attend(self, q, k, v, context=None):
+        if context is not None:
+            return context.attend(self.heat_kernel, self.layer, q, k, v)
+        return self.heat_kernel(q, k, v, is_causal=self.causal)
+
+    def heat_kernel(self, q, k, v, attn_mask=None, is_causal=False):
         """softmax(q.k / 2t) or softmax(-|q-k|^2 / 4t). In the second form |q|^2 is the same for all keys and cancels;
         -|k|^2 / 2 becomes an extra coordinate of k, multiplied by a 1 in q. v is padded because fused attention needs q, k
         and v of equal width."""
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
         D, one = q.size(-1), torch.ones((), device=q.device)
+        sdpa = partial(F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=is_causal,
+                       dropout_p=self.dropout if self.training else 0.0)
         if self.time is None:
             scale = 1 / (2 * self.config.heat_time())
         else:
-            one, scale = (1 / (2 * self.time(q, k))).to(q.dtype), 1.0
+            one, scale = (1 / (2 * self.time(q, k, attn_mask))).to(q.dtype), 1.0
             q = q * one
         if self.config.heat_form == 'dot':
-            return super().attend(q, k, v, scale=scale)
+            return sdpa(q, k, v, scale=scale)
         halves = kernels.high_and_low(-k.float().square().sum(-1, keepdim=True) / 2, k.dtype)
         q, k, v = kernels.widen(q, one, one), kernels.widen(k, *halves), F.pad(v, (0, -(D + 2) % 8 + 2))
-        return super().attend(q, k, v, scale=scale)[..., :D]
+        return sdpa(q, k, v, scale=scale)[..., :D]
 
 
 class DiffusionTime(nn.Module):
@@ -403,15 +411,21 @@ class DiffusionTime(nn.Module):
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.constant_(self.mlp[-1].bias, (self.log_min + self.log_max) / 2)
 
-    def forward(self, q, k):
-        """q (B, H, Tq, D), k (B, H, Tk, D), the queries being the last positions -> t (B, H, Tq, 1), float32.
+    def forward(self, q, k, mask=None):
+        """q (B, H, Tq, D), k (B, H, Tk, D) -> t (B, H, Tq, 1), float32. mask (1 or B, 1, Tq, Tk): which keys a query sees;
+        None: the queries are the last positions, and see those before them.
 
         published: the statistics are averaged over all queries, so that one t, (B, H, 1, 1), sees the future."""
         (B, H, Tq, D), Tk = q.shape, k.size(2)
         q = q / math.sqrt(D)
-        top, purity, *_ = kernels.score_statistics(q.flatten(0, 1), k.flatten(0, 1))  # `plain_score_statistics`
-        seen = torch.arange(Tk - Tq + 1, Tk + 1, device=q.device, dtype=torch.float32)  # keys that each query sees
-        mean = (q.float() * k.float().cumsum(2)[:, :, -Tq:]).sum(-1) / seen
+        if mask is None:
+            top, purity, *_ = kernels.score_statistics(q.flatten(0, 1), k.flatten(0, 1))
+            seen = torch.arange(Tk - Tq + 1, Tk + 1, device=q.device, dtype=torch.float32)  # keys that each query sees
+            total = k.float().cumsum(2)[:, :, -Tq:]
+        else:
+            top, purity = plain_score_statistics(q, k, mask)
+            seen, total = mask.sum(-1).float(), mask.float() @ k.float()
+        mean = (q.float() * total).sum(-1) / seen
         variance = purity.view(B, H, Tq) / seen - 1 / seen.square()
         statistics = torch.stack((mean, top.view(B, H, Tq), variance), dim=-1)  # (B, H, Tq, 3)
         if self.published:
@@ -424,9 +438,10 @@ class DiffusionTime(nn.Module):
         return t
 
 
-def plain_score_statistics(q, k):
-    """Of the scores q_i . k_j that a query sees, j <= i: their maximum, and sum_j softmax(s_i)_j^2. q, k (N, T, D)."""
-    scores = (q @ k.mT).float().masked_fill(q.new_ones(q.size(1), k.size(1)).triu(1).bool(), -math.inf)
+def plain_score_statistics(q, k, mask):
+    """Of the scores q_i . k_j that a query sees: their maximum, and sum_j softmax(s_i)_j^2. q (..., Tq, D), k (..., Tk, D),
+    mask (..., Tq, Tk); kernels.score_statistics computes the same for j <= i."""
+    scores = (q.float() @ k.float().mT).masked_fill(~mask, -math.inf)
     return scores.amax(-1), scores.softmax(-1).square().sum(-1)
 
 
@@ -444,9 +459,9 @@ class RotatingAttention(Attention):
             rates = torch.logspace(0, -1, config.n_head)[:, None] * rotary_rates(config)  # heads from 1 to 0.1
         self.rope = RotaryEmbedding(rates, config.block_size, persistent=True, use_norm=config.use_norm)
 
-    def attend(self, q, k, v, cache=None):
-        q, k = self.rope(q, k, 0 if cache is None else cache.length)
-        return super().attend(q, k, v, cache)
+    def attend(self, q, k, v, context=None):
+        q, k = self.rope(q, k, None if context is None else context.positions)
+        return super().attend(q, k, v, context)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,8 +474,8 @@ class Pair(nn.Module):
         super().__init__()
         self.left, self.right, self.merge, self.bottleneck = left, right, config.parallel_merge, bottleneck
 
-    def forward(self, x, cache=None):
-        left, right = self.left(x, cache), self.right(x, cache)
+    def forward(self, x, context=None):
+        left, right = self.left(x, context), self.right(x, context)
         if self.merge == 'mean':
             return (left + right) / 2
         if self.merge == 'add':
@@ -525,10 +540,10 @@ class DuoAttention(Attention):
 
 class DuoBlock(Block):
 
-    def forward(self, x, cache=None, ahead=None):
+    def forward(self, x, context=None, ahead=None):
         """`ahead` (B, T-1, C): the embeddings that masks look ahead to, where x holds masks too."""
         if ahead is None:
-            return super().forward(x, cache)
+            return super().forward(x, context)
         x = x + self.attn.two_streams(self.ln_1(x), self.ln_1(ahead))
         return x + self.mlp(self.ln_2(x))
 
@@ -540,11 +555,11 @@ class DuoGPT(GPT):
         fill = targets is not None and targets.size(1) > idx.size(1)
         return super().forward(idx, targets, weights, return_logits, fill=fill)
 
-    def trunk(self, idx, cache=None, fill=False):
+    def trunk(self, idx, context=None, fill=False):
         """As for gpt2; with `fill` the hidden states of the masks come behind those of the tokens, (B, T + T-1, C)."""
         T = idx.size(1)
         if not fill or T == 1:
-            return super().trunk(idx, cache)
+            return super().trunk(idx, context)
         positions = self.transformer.wpe.weight[:T]
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         masks = (self.transformer.wte.weight[self.config.vocab_size] + positions[:-1]).expand(len(x), -1, -1)

@@ -18,7 +18,7 @@ from model import load_model
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
-from nanodrift.machine import DTYPES, autocast, pick_device, pick_sampling_dtype
+from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
 from nanodrift.tokenizer import tokenizer_from_meta
 
@@ -43,7 +43,7 @@ class SampleConfig:
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = option('auto', 'of matrix products: auto is float32 on a CPU, else the fastest safe one', ('auto', *DTYPES))
+    dtype: str = option('auto', 'of matrix products: auto takes the fastest safe one of the device', ('auto', *DTYPES))
 
     def __post_init__(self):
         check_options(self)
@@ -147,7 +147,7 @@ def main(argv):
     values, _ = read_values(argv, SampleConfig, description=__doc__)
     config, = build(values, SampleConfig)
     device = pick_device(config.device)
-    dtype = pick_sampling_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device)
     model, tokenizer = load(config, device)
     sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
     if model.config.model_type == 'drifting':

@@ -4,7 +4,6 @@ The parts of a model that are written for speed: same numbers as the plain defin
 The fused head              loss and gradients of a large vocabulary, its logits never held whole; plain: `cross_entropy`
 Score statistics            the statistics of adaptive heat; plain: `plain_score_statistics` in model.py
 Rotation                    rotary positions as products of complex numbers; plain: `plain_rotate` in rotary.py
-KV cache                    keys and values of earlier positions, which a step of generation does not compute again
 Widened heads               extra coordinates that pass a bias of the scores through the fused attention
 Recomputed blocks           activations computed again in the backward pass: less memory, more time
 Packed linears              weights in the layout that a step of generation on a CPU reads fastest; plain: nn.Linear
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nanodrift.machine import compute_dtype
+from nanodrift.machine import compute_dtype, cpu_multiplies_bfloat16
 
 IGNORE = -1  # a target with this id is left out of losses and metrics
 LOGITS_PER_CHUNK = 2 ** 25  # how many logits are held at once: large enough for fast matrix products
@@ -205,7 +204,8 @@ score_statistics.register_autograd(_backward, setup_context=_keep_for_backward)
 
 @torch.library.custom_op('nanodrift::rotate', mutates_args=())
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotates pairs of coordinates of x (B, H, T, D) by angles (H, T, D/2, 2), which are cosines and sines.
+    """Rotates pairs of coordinates of x (B, H, T, D) by angles (H, T, D/2, 2), which are cosines and sines. In generation,
+    without gradients, rows may have angles of their own: (B, H, T, D/2, 2).
 
     An operator of its own: a product of complex numbers is one fast pass, which torch.compile does not generate."""
     return _like(x).copy_(torch.view_as_real(_complex(x) * torch.view_as_complex(angles)).flatten(-2))
@@ -250,24 +250,6 @@ rotate.register_autograd(_backward_of_rotate, setup_context=lambda ctx, inputs, 
 # ---------------------------------------------------------------------------------------------------------------------
 # around attention
 
-class KVCache:
-    """Keys and values of the positions seen so far, for every layer: two tensors (L, B, H, T_max, D)."""
-
-    def __init__(self, model, batch_size, max_len):
-        c, weight = model.config, model.lm_head.weight
-        shape = (2, c.n_layer, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
-        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=compute_dtype(weight)).unbind(0)
-        self.length = 0  # positions held; advanced once per forward pass, after the last layer
-
-    def append(self, layer, k, v):
-        """Stores k, v (B, H, T, D) of the next T positions; returns those of all positions so far."""
-        assert k.size(2) == 1 or self.length == 0, 'a cache is filled by one prompt, then by one token at a time'
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
 def widen(x, *columns):
     """x (..., D) with further coordinates, and zeros up to a multiple of eight, which fused attention on GPUs asks for."""
     width = x.size(-1) + len(columns)
@@ -305,26 +287,29 @@ class Linear(nn.Linear):
 
 
 def pack_weights(model, rows):
-    """{Linear: a faster function for its product with so many rows} of a model, where there is one: on a CPU, in float32,
-    for models of at most PACK_AT_MOST bytes."""
+    """{Linear: a faster function for its product with so many rows} of a model, where there is one: on a CPU, in float32 or,
+    where the processor multiplies it, in bfloat16, for models of at most PACK_AT_MOST bytes."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     weight = linears[0].weight
+    dtype = compute_dtype(weight)
     fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
-    if weight.device.type != 'cpu' or compute_dtype(weight) != torch.float32 or not fits:
+    fast = dtype == torch.float32 or dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
+    if weight.device.type != 'cpu' or not fast or not fits:
         return {}
-    return {linear: packed_linear(linear.weight.detach(), linear.bias, rows) for linear in linears}
+    return {linear: packed_linear(linear.weight.detach().to(dtype), linear.bias, rows) for linear in linears}
 
 
 def packed_linear(weight, bias, rows):
-    """Returns x (..., K) -> x @ weight^T + bias (..., N), using a copy of weight (N, K), float32 on a CPU, in the layout
-    that is fastest to read for this many rows of x; reading weights dominates the time."""
-    if rows == 1 and len(weight) > weight.size(1) and bias is None:  # MKL adds long columns faster than it sums short rows
-        columns = weight.t().contiguous()
+    """Returns x (..., K) -> x @ weight^T + bias (..., N) in the type of weight (N, K), using a copy of it in the layout that
+    is fastest to read for this many rows of x on a CPU; reading weights dominates the time."""
+    bias = None if bias is None else bias.detach().to(weight.dtype)
+    if rows == 1 and len(weight) > weight.size(1) and bias is None and weight.dtype == torch.float32:
+        columns = weight.t().contiguous()  # MKL adds long columns faster than it sums short rows
         return lambda x: x @ columns
     if not torch.backends.mkldnn.is_available():
-        return lambda x: F.linear(x, weight, bias)
+        return lambda x: F.linear(x.to(weight.dtype), weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, 'none', [], '')
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), packed, bias, 'none', [], '')
 
 
 @contextmanager

@@ -87,11 +87,6 @@ def pick_dtype(name, device):
     return 'bfloat16' if device.type == 'cpu' and cpu_multiplies_bfloat16() else 'float32'
 
 
-def pick_sampling_dtype(name, device):
-    """The same for text that is generated: there 'auto' is float32 on a CPU."""
-    return 'float32' if name == 'auto' and device.type == 'cpu' else pick_dtype(name, device)
-
-
 def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(device.type, DTYPES[dtype])
 

@@ -32,24 +32,33 @@ class RotaryEmbedding(nn.Module):
         else:
             self.register_buffer('frequencies', rates, persistent=persistent)
         self.layer_norm = nn.LayerNorm(rates.size(1)) if use_norm else None
-        self.register_buffer('table', None if learned or use_norm else self.angles(0, block_size), persistent=False)
+        table = None if learned or use_norm else self.angles(torch.arange(block_size))
+        self.register_buffer('table', table, persistent=False)
         self.register_load_state_dict_post_hook(RotaryEmbedding._refresh)
 
     def _refresh(self, keys):
         """Rates that came out of a checkpoint may be others."""
         if self.table is not None:
-            self.table = self.angles(0, self.table.size(1))
+            self.table = self.angles(torch.arange(self.table.size(-3), device=self.table.device))
 
-    def angles(self, start, end):
-        """Cosines and sines for these positions, (H, T, D/2, 2)."""
+    def angles(self, positions):
+        """Cosines and sines for positions (..., T) -> (..., H, T, D/2, 2)."""
         rates = self.frequencies if self.layer_norm is None else self.layer_norm(self.frequencies)
-        angle = torch.arange(start, end, device=rates.device)[:, None] * rates[:, None].float()
+        angle = positions[..., None, :, None] * rates[:, None].float()
         return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
-    def forward(self, q, k, start=0):
-        """q, k (B, H, T, D), the first of them at position `start`."""
-        end = start + q.size(2)
-        angles = self.angles(start, end) if self.table is None else self.table[:, start:end].contiguous()
+    def forward(self, q, k, positions=None):
+        """q, k (B, H, T, D); positions (1 or B, T), None for 0 to T-1."""
+        T = q.size(2)
+        if self.table is None:
+            angles = self.angles(torch.arange(T, device=q.device) if positions is None else positions)
+        elif positions is None:
+            angles = self.table[:, :T].contiguous()
+        else:
+            angles = self.table[:, positions].movedim(0, 1)  # (1 or B, H, T, D/2, 2)
+        if angles.dim() == 5 and len(angles) == 1:
+            angles = angles[0]
+        angles = angles.contiguous()
         return rotate(q, angles), rotate(k, angles)
 
 

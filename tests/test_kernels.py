@@ -8,7 +8,8 @@ from test_model import SIZES, make, tokens
 
 from model import plain_score_statistics
 from nanodrift import kernels
-from nanodrift.kernels import IGNORE, KVCache, cross_entropy, linear_cross_entropy, score_statistics
+from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy, score_statistics
+from nanodrift.machine import cpu_multiplies_bfloat16
 from nanodrift.rotary import plain_rotate
 
 
@@ -86,7 +87,7 @@ def test_score_statistics_are_the_plain_ones_in_value_and_gradient(N, T):
     q, k = (torch.randn(N, T, 8, requires_grad=True) for _ in range(2))
     pieces = [(heads.start, rows.start) for heads, rows, *_ in kernels.score_pieces(q, k)]
     assert T < 150 or len({heads for heads, _ in pieces}) > 1 and len({rows for _, rows in pieces}) > 1
-    found, wanted = score_statistics(q, k)[:2], plain_score_statistics(q, k)
+    found, wanted = score_statistics(q, k)[:2], plain_score_statistics(q, k, torch.ones(T, T).tril().bool())
     directions = torch.randn(2, N, T)
     for fast, plain in zip(found, wanted):
         assert_close(fast, plain)
@@ -132,36 +133,6 @@ def test_fixed_angles_get_no_gradient():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # around attention
-
-@torch.no_grad()
-def test_cached_logits_are_the_full_ones():
-    model = make()
-    idx = tokens(2, 32)
-    full = model.head(model.trunk(idx))
-    cache = KVCache(model, 2, 32)
-    parts = [model.trunk(idx[:, :7], cache)] + [model.trunk(idx[:, i:i + 1], cache) for i in range(7, 32)]
-    torch.testing.assert_close(model.head(torch.cat(parts, 1)), full, atol=2e-5, rtol=1e-5)
-
-
-def test_a_cache_gives_back_what_was_put_in_for_each_layer():
-    model = make()
-    cache = KVCache(model, 2, 6)
-    whole = torch.randn(2, 4, 2, SIZES['n_head'], 6, 8)  # k and v of each layer
-    for start, end in ((0, 4), (4, 5), (5, 6)):
-        for layer, (k, v) in enumerate(whole.transpose(0, 1)):
-            found = cache.append(layer, k[:, :, start:end], v[:, :, start:end])
-            assert torch.equal(torch.stack(found), torch.stack((k, v))[:, :, :, :end])
-        cache.length = end
-    with pytest.raises(AssertionError, match='one token at a time'):
-        cache.append(0, k[:, :, :2], v[:, :, :2])
-
-
-def test_a_cache_has_the_type_that_products_are_in():
-    model = make()
-    assert KVCache(model, 1, 4).k.dtype == torch.float32
-    with torch.autocast('cpu', torch.bfloat16):
-        assert KVCache(model, 1, 4).k.dtype == torch.bfloat16
-
 
 @pytest.mark.parametrize('D', [8, 6, 13])
 def test_widened_heads_bring_a_bias_into_attention(D):
@@ -229,6 +200,20 @@ def test_packed_linears_compute_the_same_and_are_used_inside_the_with_alone(rows
     assert model.head(torch.zeros(rows, SIZES['n_embd'])).size(-1) == model.config.vocab_size
 
 
+@pytest.mark.skipif(not cpu_multiplies_bfloat16(), reason='this processor does not multiply bfloat16')
+@pytest.mark.parametrize('rows', [1, 5])
+@torch.no_grad()
+def test_packed_linears_in_bfloat16_round_their_results_alone(rows):
+    model = make()
+    with torch.autocast('cpu', torch.bfloat16):
+        packed = kernels.pack_weights(model, rows)
+        for linear, product in packed.items():
+            x = torch.randn(rows, 1, linear.in_features)
+            assert product(x).dtype == torch.bfloat16
+            torch.testing.assert_close(product(x), linear(x), atol=1e-2, rtol=1e-2)
+    assert len(packed) == sum(isinstance(m, kernels.Linear) for m in model.modules())
+
+
 def test_packed_linears_are_put_back_after_an_error():
     model = make()
     with pytest.raises(KeyboardInterrupt), kernels.packed_weights({model.lm_head: lambda x: x[..., :7]}):
@@ -238,6 +223,9 @@ def test_packed_linears_are_put_back_after_an_error():
 
 def test_nothing_is_packed_where_it_would_not_be_the_same_or_too_large(monkeypatch):
     model = make()
+    with torch.autocast('cpu', torch.float16):
+        assert kernels.pack_weights(model, 1) == {}
+    monkeypatch.setattr(kernels, 'cpu_multiplies_bfloat16', lambda: False)
     with torch.autocast('cpu', torch.bfloat16):
         assert kernels.pack_weights(model, 1) == {}
     bytes_of_linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, kernels.Linear))
@@ -267,7 +255,7 @@ def test_score_statistics_are_float32_under_autocast(dtype):
     q, k = torch.randn(2, 3, 64, 8), 0.1 * torch.randn(3, 64, 8)
     with torch.autocast('cpu', dtype):
         top, purity, *_ = kernels.score_statistics(q[0], k)
-    plain_top, plain_purity = plain_score_statistics(q[0], k)
+    plain_top, plain_purity = plain_score_statistics(q[0], k, torch.ones(q.size(2), q.size(2)).tril().bool())
     torch.testing.assert_close(top, plain_top, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(purity, plain_purity, atol=1e-6, rtol=1e-5)
 

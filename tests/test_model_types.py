@@ -3,6 +3,7 @@ import copy
 import inspect
 import math
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from test_rotary import rotate_in_a_loop
 
 import train
 from model import GPT, TYPES, GPTConfig
-from nanodrift.kernels import KVCache, score_pieces
+from nanodrift.context import KVCache
+from nanodrift.kernels import score_pieces
 from nanodrift.options import UserError
 
 VARIANTS = {  # every causal one, each option off its default at least once
@@ -176,8 +178,10 @@ def test_cached_logits_leak_nothing_and_are_the_full_ones(variant):
     idx = tokens(2, 32)
 
     def cached(idx):
-        cache = KVCache(model, 2, 32)
-        parts = [model.trunk(idx[:, :7], cache)] + [model.trunk(idx[:, i:i + 1], cache) for i in range(7, 32)]
+        cache, parts = KVCache(model, 2, 32), []
+        for start, end in pairwise((0, 7, *range(8, 28), 32)):
+            parts.append(model.trunk(idx[:, start:end], cache.begin(end - start)))
+            cache.keep(end - start)
         return model.head(torch.cat(parts, dim=1))
     before = cached(idx)
     assert_close(before, model.head(model.trunk(idx)), 1e-5)
@@ -187,6 +191,27 @@ def test_cached_logits_leak_nothing_and_are_the_full_ones(variant):
         after = cached(changed)
         assert torch.equal(before[:, :position], after[:, :position])
         assert not torch.allclose(before[:, position], after[:, position])
+
+
+@every_variant
+@torch.no_grad()
+def test_rows_of_a_cache_may_hold_different_numbers_of_positions(variant):
+    """As they do after drafts, of which each row keeps some."""
+    model = make(**VARIANTS[variant])
+    idx = tokens(3, 32)
+    whole = model.head(model.trunk(idx))
+    cache = KVCache(model, 3, 32)
+    model.trunk(idx[:, :5], cache.begin(5))
+    cache.keep(torch.tensor([5, 2, 4]))
+    for kept in ([3, 1, 0], [4, 4, 4], [0, 2, 3]):
+        starts = cache.lengths.tolist()
+        fresh = torch.stack([row[start:start + 4] for row, start in zip(idx, starts)])
+        logits = model.head(model.trunk(fresh, cache.begin(4)))
+        for row, start, full in zip(logits, starts, whole):
+            assert_close(row, full[start:start + 4], 1e-5)
+        cache.keep(torch.tensor(kept))
+    logits = model.head(model.trunk(idx[[2, 0], 11:13], cache.begin(2, rows=torch.tensor([2, 0]))))  # 11 and 12 are held
+    assert_close(logits[0], whole[2, 11:13], 1e-5)
 
 
 @every_variant
@@ -508,14 +533,14 @@ def test_rotation_is_its_formula_in_value_and_gradient(variant):
 def test_rotated_heads_know_relative_positions_only_each_at_its_own_rates(variant):
     rope = make(**ROTATING[variant]).transformer.h[1].attn.rope
     q, k = (x.expand(1, H, 32, D) for x in torch.randn(2, D))  # the same vectors everywhere
-    scores = torch.matmul(*[x if i == 0 else x.mT for i, x in enumerate(rope(q, k, 0))])[0]  # (H, T, T)
+    scores = torch.matmul(*[x if i == 0 else x.mT for i, x in enumerate(rope(q, k))])[0]  # (H, T, T)
     for distance in range(-31, 32):
         along = scores.diagonal(distance, 1, 2)
         torch.testing.assert_close(along, along[:, :1].expand_as(along), atol=1e-4, rtol=1e-4)
     if variant != 'rotating gp norm':  # LayerNorm takes away the scale, all that tells those heads apart
         assert not any(torch.allclose(scores[0], scores[h], atol=0.1) for h in range(1, H))
-    later = rope(q[:, :, 20:], k[:, :, 20:], 20)
-    assert all(torch.equal(part, whole[:, :, 20:]) for part, whole in zip(later, rope(q, k, 0)))
+    later = rope(q[:, :, 20:], k[:, :, 20:], torch.arange(20, q.size(2))[None])
+    assert all(torch.equal(part, whole[:, :, 20:]) for part, whole in zip(later, rope(q, k)))
 
 
 @pytest.mark.parametrize('n_head', [1, 5])

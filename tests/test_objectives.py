@@ -307,7 +307,7 @@ def test_heads_start_out_looking_at_their_neighbours(n_embd):
     weights = []
     for block in model.transformer.h:
         q, k, _ = block.attn.c_attn(block.ln_1(x)).view(1, 32, 3, 4, n_embd // 4).permute(2, 0, 3, 1, 4)
-        q, k = block.attn.rope(q, k, 0)
+        q, k = block.attn.rope(q, k)
         weights.append((q @ k.mT / math.sqrt(n_embd // 4)).softmax(-1)[0, :, 16])  # of position 16, (H, T)
     assert (weights[0].argmax(-1) - 16).tolist() == [-1, 1, -2, 2] and weights[0].max(-1).values.min() > 0.8
     assert weights[1].max() < 2 / 32  # the second half looks everywhere

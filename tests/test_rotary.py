@@ -50,13 +50,24 @@ def test_plain_rotation_is_its_formula():
 
 
 @every_kind
+@torch.no_grad()
+def test_rows_may_have_positions_of_their_own(kind):
+    rope = embeddings()[kind]
+    q, k = torch.randn(2, 2, H, 3, D)
+    positions = torch.tensor([[0, 4, 5], [9, 9, 2]])
+    for row in range(2):
+        alone = rope(q[row:row + 1], k[row:row + 1], positions[row:row + 1])
+        assert all(torch.equal(a[row:row + 1], b) for a, b in zip(rope(q, k, positions), alone))
+
+
+@every_kind
 @pytest.mark.parametrize('start', [0, 20])
 @torch.no_grad()
 def test_an_embedding_rotates_by_position_times_rate(kind, start):
     rope = embeddings()[kind]
     rates = rope.frequencies if rope.layer_norm is None else rope.layer_norm(rope.frequencies)
     q, k = torch.randn(2, 2, H, 12, D)
-    for found, x in zip(rope(q, k, start), (q, k)):
+    for found, x in zip(rope(q, k, torch.arange(start, start + 12)[None]), (q, k)):
         wanted = rotate_in_a_loop(x.double(), rates.double(), start)
         torch.testing.assert_close(found, wanted.float(), atol=1e-4, rtol=1e-4)
 
@@ -93,7 +104,7 @@ def test_the_table_of_fixed_rates_is_that_of_the_moment_and_is_not_saved():
     idx = tokens(2, 32)
     before = model(idx, idx)[0]
     for rope in (block.attn.rope for block in model.transformer.h):
-        assert torch.equal(rope.table, rope.angles(0, 32))
+        assert torch.equal(rope.table, rope.angles(torch.arange(32)))
         rope.table = None
     assert torch.equal(model(idx, idx)[0], before)
 
