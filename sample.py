@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from model import load_model
+from nanodrift import drafting
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
@@ -40,6 +41,9 @@ class SampleConfig:
     top_k: int = option(200, 'draw from the k most likely tokens; 0 from all', at_least=0)
     top_p: float = option(1.0, 'draw from the fewest most likely tokens that have this much probability together', above=0,
                           at_most=1)
+    draft: str = option('none', 'guess several tokens per forward pass, which does not change what is drawn: ngram guesses '
+                        'that the text repeats itself', ('none', 'ngram'))
+    draft_tokens: int = option(4, 'guesses per forward pass', at_least=1)
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -80,46 +84,52 @@ def read_prompt(start):
 
 
 def generate(model, tokenizer, prompt, count, config, seed):
-    """Yields, per step, the new token ids of `count` samples: a list with None where a sample has ended."""
+    """Yields, per forward pass, a list of the new token ids of each of `count` samples, end-of-text left out; the list of a
+    sample that has ended is empty."""
     idx = torch.tensor([prompt] * count, device=model.device)
+    how = dict(temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, seed=seed)
+    if config.draft == 'none':
+        steps = ([[i] for i in column.tolist()] for column in model.generate(idx, config.max_new_tokens, **how))
+    else:
+        eot = None if config.ignore_eot else tokenizer.eot
+        steps = drafting.generate(model, idx, config.max_new_tokens, config.draft_tokens, eot=eot, **how)
     done = [False] * count
-    for column in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p, seed):
-        ids = column.tolist()
-        done = [d or (i == tokenizer.eot and not config.ignore_eot) for d, i in zip(done, ids)]
-        yield [None if d else i for d, i in zip(done, ids)]
+    for rows in steps:
+        ended = [tokenizer.eot in ids and not config.ignore_eot for ids in rows]
+        yield [[] if d else ids[:-1] if e else ids for d, e, ids in zip(done, ended, rows)]  # end-of-text is the last one
+        done = [d or e for d, e in zip(done, ended)]
         if all(done):
             return
 
 
 def stream(text, tokenizer, steps):
-    """Prints one sample while it grows; returns its number of tokens."""
+    """Prints one sample while it grows; returns its number of tokens, and of forward passes."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may end inside a character
     print(text, end='', flush=True)
-    count = 0
-    for (token,) in steps:
-        if token is not None:
-            print(decoder.decode(tokenizer.decode_bytes([token])), end='', flush=True)
-            count += 1
+    count = passes = 0
+    for (ids,) in steps:
+        print(decoder.decode(tokenizer.decode_bytes(ids)), end='', flush=True)
+        count, passes = count + len(ids), passes + 1
     print(decoder.decode(b'', final=True), flush=True)
-    return count
+    return count, passes
 
 
 def print_samples(text, tokenizer, model, prompt, config):
-    """Prints all samples, made some at a time; returns their number of tokens."""
-    tokens = 0
+    """Prints all samples, made some at a time; returns their number of tokens, and the forward passes of each, added up."""
+    tokens = passes = 0
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, config.num_samples - first)
         steps = list(generate(model, tokenizer, prompt, count, config, derive_seed(config.seed, first)))
-        for column in zip(*steps):
-            ids = [token for token in column if token is not None]
-            tokens += len(ids)
+        for row in zip(*steps):
+            ids = [token for new in row for token in new]
+            tokens, passes = tokens + len(ids), passes + sum(map(bool, row))
             print(text + tokenizer.decode(ids), '---------------', sep='\n', flush=True)
-    return tokens
+    return tokens, passes
 
 
 def check_idle(values):
     """Raises UserError for an option that one-step generation has no use for."""
-    for name in ('top_k', 'top_p', 'ignore_eot'):
+    for name in ('top_k', 'top_p', 'ignore_eot', 'draft', 'draft_tokens'):
         if name in values:
             raise UserError(f'{name} has no meaning for a drifting model, which writes all tokens at once: leave it out')
 
@@ -162,11 +172,12 @@ def main(argv):
         if model.config.model_type == 'drifting':
             tokens = print_at_once(text, tokenizer, model, prompt, config)
         elif config.num_samples == 1:
-            tokens = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
+            tokens, passes = stream(text, tokenizer, generate(model, tokenizer, prompt, 1, config, config.seed))
         else:
-            tokens = print_samples(text, tokenizer, model, prompt, config)
+            tokens, passes = print_samples(text, tokenizer, model, prompt, config)
     seconds = time.perf_counter() - started
-    print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s', file=sys.stderr)
+    drafted = f', {tokens / passes:.2f} tokens per forward pass' if config.draft != 'none' else ''
+    print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s{drafted}', file=sys.stderr)
 
 
 if __name__ == '__main__':

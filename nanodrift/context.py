@@ -30,12 +30,12 @@ class KVCache:
         # on CPUs, fused attention with few queries is three to six times as fast in float32 as in bfloat16
         dtype = torch.float32 if weight.device.type == 'cpu' else compute_dtype(weight)
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        self.lengths, self.block_size = torch.zeros(batch_size, dtype=torch.long), c.block_size
 
     def begin(self, T, visible=None, offsets=None, rows=None):
         """
-        Prepares a pass over T further positions of each row; returns the cache, which then has `positions` (1 or B, T), their
-        places in the text.
+        Prepares a pass over T further positions of each row; returns the cache, which then has `positions` (1 or B, T),
+        their places in the text.
 
         visible (T, T) or (B, T, T), bool: which of the new positions each of them sees; None is those up to itself. All see
         everything that is held. offsets (T,): places in the text after those that are held, default 0 to T-1. rows (n,):
@@ -47,7 +47,8 @@ class KVCache:
         self.start = first if first == last and rows is None else None  # where all rows write, if that is one place
         device = self.k.device
         lengths = (lengths[:1] if first == last else lengths).to(device)[:, None]
-        self.positions = lengths + (torch.arange(T, device=device) if offsets is None else offsets.to(device))
+        positions = lengths + (torch.arange(T, device=device) if offsets is None else offsets.to(device))
+        self.positions = positions.clamp(max=self.block_size - 1)  # what stands behind is padding of a shorter row
         self.slots = lengths + torch.arange(T, device=device)
         self.mask = None
         if first < last or T > 1 and (last > 0 or visible is not None):
@@ -97,8 +98,8 @@ class Streams:
     A slot sees the slots of its block and the clean tokens before the first position of its block. A clean token sees those
     before it and, with clean_block = N, those of its own block of N. Nothing clean sees anything noisy.
 
-    first (n): the first position of each block, rising; slot i of a block stands at that position + i. hidden (B, n * S), bool:
-    slots that no position sees. Attention runs over whole blocks, POSITIONS_PER_CHUNK slots or more at a time, so that
+    first (n): the first position of each block, rising; slot i of a block stands at that position + i. hidden (B, n * S),
+    bool: slots that no position sees. Attention runs over whole blocks, POSITIONS_PER_CHUNK slots or more at a time, so that
     memory grows with the length of the text and not with its square.
     """
 

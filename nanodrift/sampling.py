@@ -7,15 +7,15 @@ positions at once from all ids, by Gumbel noise in float64.
 import math
 
 import torch
+import torch.nn.functional as F
 
 COLDEST = 1e-30  # a temperature that can still be divided by
 
 
-def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
-    """Draws one id per row of logits (B, V) -> (B,). temperature 0 is the argmax; top_k keeps the k best; top_p the
-    smallest set of best ids whose probability reaches top_p, the id that crosses it included."""
-    if temperature == 0:
-        return logits.argmax(-1)
+def likely(logits, temperature=1.0, top_k=None, top_p=None):
+    """What is drawn from, of logits (..., V), at a temperature above 0: probabilities (..., n) in float32, and the ids
+    (..., n) that they belong to, None for all in order. top_k keeps the k best; top_p the smallest set of best ids whose
+    probability reaches top_p, the id that crosses it included."""
     k = min(top_k or logits.size(-1), logits.size(-1))
     ids = None
     if k < logits.size(-1):
@@ -27,8 +27,25 @@ def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
     if top_p is not None and top_p < 1:
         before = probs.cumsum(-1) - probs  # the mass of the better ones
         probs = probs.masked_fill(before >= top_p, 0.0)
+    return probs, ids
+
+
+def sample_logits(logits, temperature=1.0, top_k=None, top_p=None, rng=None):
+    """Draws one id per row of logits (B, V) -> (B,), as `likely` says; temperature 0 is the argmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = likely(logits, temperature, top_k, top_p)
     choice = torch.multinomial(probs, 1, generator=rng)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+    """The probabilities (..., V) with which `sample_logits` draws each id, from logits (..., V)."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+    probs, ids = likely(logits, temperature, top_k, top_p)
+    probs = probs if ids is None else torch.zeros_like(logits, dtype=probs.dtype).scatter_(-1, ids, probs)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def keep_likely(logits, top_k, top_p):

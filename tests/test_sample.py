@@ -54,7 +54,10 @@ def test_generation_stops_at_end_of_text(out_dir):
         model.transformer.ln_f.bias.fill_(1)
         model.transformer.wte.weight[tokenizer.eot] = 100  # the most likely token, always
     config = sample.SampleConfig(max_new_tokens=10, top_k=0)
-    assert list(sample.generate(model, tokenizer, [1, 2], 2, config, 0)) == [[None, None]]
+    assert list(sample.generate(model, tokenizer, [1, 2], 2, config, 0)) == [[[], []]]
+    config.draft = 'ngram'
+    assert list(sample.generate(model, tokenizer, [1, 2], 2, config, 0)) == [[[], []]]
+    config.draft = 'none'
     config.ignore_eot = True
     assert len(list(sample.generate(model, tokenizer, [1, 2], 2, config, 0))) == 10
 
@@ -62,7 +65,7 @@ def test_generation_stops_at_end_of_text(out_dir):
 def test_streaming_never_splits_a_character(capsys):
     from nanodrift.tokenizer import ByteTokenizer
     ids = list('né€🙂'.encode())
-    assert sample.stream('', ByteTokenizer(), ([i] for i in ids)) == len(ids)
+    assert sample.stream('', ByteTokenizer(), ([[i]] for i in ids)) == (len(ids), len(ids))
     assert capsys.readouterr().out == 'né€🙂\n'
 
 
@@ -100,3 +103,9 @@ def test_output_is_utf8_whatever_the_locale(out_dir, tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
     (tmp_path / 'prompt.txt').write_bytes('\ufeffabc\r\n'.encode())
     assert sample.read_prompt(f'FILE:{tmp_path}/prompt.txt') == 'abc\r\n'
+
+
+def test_drafts_are_counted_and_change_nothing(out_dir):
+    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12']
+    plain, drafted = run_script(*words), run_script(*words, '--draft=ngram')
+    assert drafted.stdout == plain.stdout and 'tokens per forward pass' in drafted.stderr
