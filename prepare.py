@@ -8,9 +8,12 @@ Any text -> data/<name>/{train.bin,val.bin,meta.json}. Run once, before training
 A `.bin` file is a flat row of token ids (little-endian uint16, or uint32 where the vocabulary needs it), the
 end-of-text id after every document; meta.json says what they are. The name gets `_<tokenizer>` where that is not gpt2.
 
-PATH is a text file (one document, or several with `<|endoftext|>` between them), a `.jsonl` or `.parquet` file (one
-document per row, in the column --text_key), or a folder (one document per UTF-8 text file below it, hidden ones left
-out; a `.txt` is split at `<|endoftext|>`). Text is taken as it is, CR LF included; only a byte-order mark is dropped.
+PATH is a text file (one document, or several with `<|endoftext|>` between them), a file of rows (`.jsonl`, `.ndjson`,
+`.parquet`, `.json`, `.csv`, `.tsv`: one document per row, in the column --text_key), or a folder. A `.gz` of these is
+unpacked. Of a folder, files of rows are taken; where there are none, every UTF-8 text file is one document (a `.txt` is
+split at `<|endoftext|>`). Hidden files are left out. `.json`, `.csv` and `.tsv` in a folder are rows where --text_key is
+given. Text is taken as it is, CR LF included; only a byte-order mark is dropped. Rows that are no text are left out and
+counted.
 """
 import contextlib
 import glob
@@ -33,7 +36,7 @@ from functools import partial
 import numpy as np
 
 from nanodrift import corpus
-from nanodrift.corpus import DATASETS, make_source, split_stream
+from nanodrift.corpus import DATASETS, TEXT_KEY, make_source, split_stream
 from nanodrift.options import UserError, configure, one_of, option, run
 from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec, write_atomically
 
@@ -46,9 +49,9 @@ class PrepareConfig:
     input: str = option('', 'text of your own: a text file, a folder, a .jsonl or a .parquet')
     name: str = option('', 'what to call the data set made from --input')
     val_input: str = option('', 'validation text for --input; without it, --val_fraction is held out')
-    val_fraction: float = option(0.1, 'the part held out where there is no official validation split: documents '
-                                      'chosen by a hash of how they begin, or the end of a single document')
-    text_key: str = option('text', 'the column of a .jsonl or .parquet that holds the text')
+    val_fraction: float = option(0.1, 'the part held out where there is no official validation split: documents chosen by '
+                                      'a hash of how they begin, or the end of the text where documents are few')
+    text_key: str = option('', f"the column that holds the text, in files that have columns; empty is '{TEXT_KEY}'")
     data_dir: str = option('data', 'the folder that data sets are written to')
     num_proc: int = option(0, 'tokenizing threads; 0 is one per CPU core')
 
@@ -250,6 +253,8 @@ def prepare(cfg, dataset, name):
                 'versions': versions('numpy', 'tiktoken', 'tokenizers', 'datasets', 'pyarrow')}
         write_atomically(os.path.join(temporary, 'meta.json'), json.dumps(meta, indent=1).encode())
         publish(temporary, folder)
+    if sum(source.left_out.values()):
+        print(f'left out {sum(source.left_out.values())} rows that hold no text (null, or not valid Unicode)')
     report(meta, cfg.data_dir, name)
 
 

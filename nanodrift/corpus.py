@@ -5,24 +5,32 @@ Text streams through in pieces, so that memory stays bounded whatever the size o
 is a pair (text, ends): the next part of the current document, and whether the document ends with it.
 """
 import codecs
+import collections
+import contextlib
+import csv
 import glob
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
 import platform
 import re
 import ssl
+import sys
 import sysconfig
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from functools import partial
 
 from nanodrift.options import UserError
 from nanodrift.tokenizer import EOT_TEXT, download, write_atomically
 
 PIECE = 1 << 18             # bytes read at a time, and about the characters that one task encodes
+TEXT_KEY = 'text'           # the column of text, unless --text_key names another
 KEY = 1 << 14               # the characters at the start of a document that choose its split
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -46,23 +54,53 @@ class Source:
     train: callable
     val: callable = None        # None where there is no official validation split
     size: int = None            # bytes on disk, if known, for the progress bar
+    left_out: dict = field(default_factory=dict)    # how many rows of each file were no text, after a pass
+    rows: bool = False          # whether it has columns, one of which is the text
 
 
 # -----------------------------------------------------------------------------
 # readers: files -> pieces
 
+@contextlib.contextmanager
+def open_file(path):
+    """A binary file for reading, unpacked where its name ends in .gz."""
+    try:
+        with gzip.open(path, 'rb') if path.lower().endswith('.gz') else open(path, 'rb') as f:
+            yield f
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f'{path} cannot be unpacked: {e}') from None
+
+
+def advice(data):
+    """How to make UTF-8 of a file that begins with these bytes."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'it is UTF-16: `iconv -f utf-16 -t utf-8 OLD > NEW`'
+    for magic, unpack in ((b'\x1f\x8b', 'gunzip'), (b'PK\x03\x04', 'unzip'), (b'\x28\xb5\x2f\xfd', 'unzstd'),
+                          (b'BZh', 'bunzip2'), (b'\xfd7zXZ', 'unxz')):
+        if data.startswith(magic):
+            return f'it is compressed: `{unpack}` first'
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if max(even, odd) > len(data) / 8 > 4 * min(even, odd):
+        return f'it seems to be UTF-16: `iconv -f utf-16{"le" if odd > even else "be"} -t utf-8 OLD > NEW`'
+    if even + odd:
+        return 'it is binary'
+    return 'convert it, for example with `iconv -f latin1 -t utf-8 OLD > NEW`'
+
+
 def read_text(path):
-    """Yields the text of a UTF-8 file in parts. Raises UserError naming the offset of what is not UTF-8."""
-    with open(path, 'rb') as f:
-        data, offset, more = b'', 0, True
+    """Yields the text of a UTF-8 file in parts. Raises UserError naming the offset of what is not UTF-8 text."""
+    with open_file(path) as f:
+        data, offset, more, start = b'', 0, True, b''
         while more:
             more = f.read(PIECE)
-            data += more
+            start, data = start or more[:4096], data + more
             try:
                 text, used = codecs.utf_8_decode(data, 'strict', not more)
             except UnicodeDecodeError as e:
-                raise UserError(f'{path} is not UTF-8: byte {data[e.start]:#04x} at offset {offset + e.start}; convert '
-                                'it, for example with `iconv -f latin1 -t utf-8`') from None
+                raise UserError(f'{path} is not UTF-8: byte {data[e.start]:#04x} at offset {offset + e.start}; '
+                                + advice(start)) from None
+            if start.count(0) > len(start) / 8:
+                raise UserError(f'{path} is not text, for it has many NUL characters: {advice(start)}')
             yield text.removeprefix('\ufeff') if offset == 0 else text
             data, offset = data[used:], offset + used
 
@@ -95,10 +133,22 @@ def one_document(parts):
     yield '', True
 
 
-def rows_to_documents(rows):
-    """An iterable of str or None -> pieces, one document per row."""
+def rows_to_documents(rows, path, left_out):
+    """An iterable of rows -> pieces, one document per row. left_out[path] becomes the number of rows that are no text: null,
+    or with a lone surrogate, which has no UTF-8."""
+    left_out[path] = 0
     for text in rows:
-        yield from one_document((text or '')[i:i + PIECE] for i in range(0, len(text or ''), PIECE))
+        if is_unicode(text):
+            yield from one_document(text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        else:
+            left_out[path] += 1
+
+
+def is_unicode(text):
+    try:
+        return isinstance(text, str) and text.encode('utf-8') is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def rows_to_articles(rows):
@@ -113,19 +163,59 @@ def rows_to_articles(rows):
 
 
 def read_jsonl(path, key):
-    """Yields the text of each row. Raises UserError naming the line that is not a JSON object with text under `key`."""
-    with open(path, 'rb') as f:
+    """Yields the text of each row, one JSON object per line, or None where it is null. Raises UserError naming the line that
+    is not a JSON object with `key`."""
+    with open_file(path) as f:
         for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8')) if line.strip() else {key: ''}
-                row[key].encode('utf-8')
-            except UnicodeError as e:
-                raise UserError(f'{path}, line {number}: not UTF-8 text ({e.reason})') from None
-            except (ValueError, RecursionError) as e:
-                raise UserError(f'{path}, line {number}: not JSON ({e})') from None
-            except (KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}, line {number}: no text under {key!r}; --text_key names the column') from None
-            yield row[key]
+            if line.strip():
+                yield text_of(line, path, f'{path}, line {number}', key)
+
+
+def text_of(line, path, where, key):
+    """What a line of JSON, as bytes, has under `key`."""
+    try:
+        return column(json.loads(line.decode('utf-8-sig')), where, key)
+    except UnicodeError as e:
+        raise UserError(f'{where}: not UTF-8 text ({e.reason})') from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{where}: not JSON ({e})') from None
+
+
+def column(row, where, key):
+    """What a row, a dict, has under `key`: text or None."""
+    if not isinstance(row, dict) or not isinstance(row.get(key, 0), str | None):
+        known = f'; it has: {", ".join(map(str, row))}' if isinstance(row, dict) else ''
+        raise UserError(f'{where}: no text under {key!r}; --text_key names the column{known}')
+    return row[key]
+
+
+def read_json(path, key):
+    """Yields the text of each row of a JSON file that is one list of objects; any other is read as .jsonl."""
+    with open_file(path) as f:
+        if not f.read(PIECE).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'['):
+            return read_jsonl(path, key)
+        f.seek(0)
+        try:
+            rows = json.loads(f.read().decode('utf-8-sig'))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f'{path} is not JSON: {e}') from None
+    return (column(row, f'{path}, row {number}', key) for number, row in enumerate(rows, 1))
+
+
+def read_csv(path, key):
+    """Yields the text of each row of a comma-separated file with a header; tabs in a .tsv."""
+    csv.field_size_limit(sys.maxsize)
+    with open_file(path) as f:
+        text = io.TextIOWrapper(f, 'utf-8-sig', newline='')
+        rows = csv.DictReader(text, delimiter='\t' if ending(path) == '.tsv' else ',')
+        try:
+            if key not in (rows.fieldnames or ()):
+                raise UserError(f'{path} has no column {key!r}; --text_key=NAME picks one of: '
+                                f'{", ".join(rows.fieldnames or ())}')
+            for row in rows:
+                yield row[key]
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise UserError(f'{path}, line {rows.line_num + 1}: {e}') from None
 
 
 def read_parquet(path, key):
@@ -134,24 +224,41 @@ def read_parquet(path, key):
     import pyarrow.parquet
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE) as file:
-            schema = file.schema_arrow
-            if key not in schema.names or not pyarrow.types.is_string(schema.field(key).type) \
-                    and not pyarrow.types.is_large_string(schema.field(key).type):
+            texts = [field.name for field in file.schema_arrow if holds_text(field.type)]
+            if key not in texts:
                 raise UserError(f'{path} has no text column {key!r}; --text_key=NAME picks one of: '
-                                f'{", ".join(schema.names)}')
+                                f'{", ".join(texts) or "none, for it holds no text"}')
             for batch in file.iter_batches(batch_size=256, columns=[key]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as e:
         raise UserError(f'{path} is not a readable parquet file: {str(e).splitlines()[0]}') from None
 
 
-def read_file(path, text_key):
-    """Pieces of a text, .jsonl or .parquet file."""
-    if path.endswith('.jsonl'):
-        return rows_to_documents(read_jsonl(path, text_key))
-    if path.endswith('.parquet'):
-        return rows_to_documents(read_parquet(path, text_key))
-    return split_at_separators(read_text(path))
+def holds_text(kind):
+    """Whether a column of this Arrow type holds text, as it is or as numbers of a dictionary."""
+    from pyarrow import types
+    if types.is_dictionary(kind):
+        return holds_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+# Files of rows. In a folder, files of code and settings may be .json and .csv too: there these are rows only if --text_key
+# is given.
+ROWS = {'.jsonl': read_jsonl, '.ndjson': read_jsonl, '.parquet': read_parquet}
+MAYBE_ROWS = {'.json': read_json, '.csv': read_csv, '.tsv': read_csv}
+
+
+def ending(path):
+    """The ending of a file's name in small letters, without that of compression."""
+    return os.path.splitext(path.lower().removesuffix('.gz'))[1]
+
+
+def read_file(path, text_key, left_out, readers):
+    """Pieces of a file: of its rows, where its ending has a reader, or else of its text. A .txt has several documents."""
+    reader = readers.get(ending(path))
+    if reader:
+        return rows_to_documents(reader(path, text_key or TEXT_KEY), path, left_out)
+    return (split_at_separators if ending(path) == '.txt' else one_document)(read_text(path))
 
 
 def is_text(path):
@@ -163,33 +270,40 @@ def is_text(path):
 
 
 def list_files(folder, skip_folders=(), ending=''):
-    """Sorted paths below `folder`: (text files, the others). Hidden files and folders are left out."""
-    paths = []
-    for at, folders, files in os.walk(folder):
+    """Sorted paths of the files below `folder`, through links too, each folder once. Hidden ones are left out."""
+    paths, seen = [], set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith('.') and name not in skip_folders]
         paths += [os.path.join(at, name) for name in files if not name.startswith('.') and name.endswith(ending)]
-    paths.sort(key=lambda path: path.split(os.sep))
-    texts = [path for path in paths if is_text(path)]
-    return texts, sorted(set(paths) - set(texts))
-
-
-def read_files(paths):
-    """Pieces of text files: one document each, but for a .txt, which is split at its separators."""
-    for path in paths:
-        yield from (split_at_separators if path.endswith('.txt') else one_document)(read_text(path))
+    return sorted(paths, key=lambda path: path.split(os.sep))
 
 
 # -----------------------------------------------------------------------------
 # sources: what the user named -> Source
 
-def folder_source(about, folder, **which):
-    paths, skipped = list_files(folder, **which)
-    if not paths:
-        raise UserError(f'{folder} holds no UTF-8 text file; a .parquet or .jsonl is given by its own path')
+def folder_source(about, folder, text_key='', **which):
+    """The files of rows below a folder; where there are none, its text files."""
+    readers = ROWS | MAYBE_ROWS if text_key else ROWS
+    paths = list_files(folder, **which)
+    taken = [path for path in paths if ending(path) in readers]
+    kind = 'rows' if taken else 'UTF-8 text'
+    taken = taken or [path for path in paths if is_text(path)]
+    if not taken:
+        raise UserError(f'{folder} holds no UTF-8 text file, and no .jsonl or .parquet')
+    skipped = [path for path in paths if path not in set(taken)]
     if skipped:
-        print(f'skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}')
-    about = {**about, 'files': len(paths), 'skipped_files': len(skipped)}
-    return Source(about, partial(read_files, paths), size=sum(map(os.path.getsize, paths)))
+        print(f'left out {len(skipped)} files that are not {kind}, such as {skipped[0]}')
+    left_out = {}
+
+    def read():
+        return itertools.chain.from_iterable(read_file(path, text_key, left_out, readers) for path in taken)
+    about = {**about, 'files': len(taken), 'skipped_files': len(skipped)}
+    return Source(about, read, None, sum(map(os.path.getsize, taken)), left_out, kind == 'rows')
 
 
 def python_source():
@@ -246,24 +360,40 @@ def hub_rows(dataset, split, data_dir):
 def hub_source(dataset, data_dir):
     train, val = (hub_rows(dataset, split, data_dir) for split in ('train', 'validation'))
     repository, configuration, unit = HUB[dataset]
-    documents = {'rows': rows_to_documents, 'articles': rows_to_articles}[unit]
+    left_out = {}
+
+    def documents(rows, split):
+        return rows_to_articles(rows) if unit == 'articles' else rows_to_documents(rows, split, left_out)
     return Source({'dataset': dataset, 'hub': repository, 'configuration': configuration},
-                  lambda: documents(train()), lambda: documents(val()))
+                  lambda: documents(train(), 'train'), lambda: documents(val(), 'validation'), left_out=left_out)
+
+
+def file_source(path, text_key):
+    readers, left_out = ROWS | MAYBE_ROWS, {}
+    if ending(path) in readers:
+        return Source({}, partial(read_file, path, text_key, left_out, readers), None, os.path.getsize(path), left_out, True)
+    return Source({}, lambda: split_at_separators(read_text(path)), size=os.path.getsize(path))
 
 
 def input_source(cfg):
     """--input, with --val_input where given."""
-    paths = [path for path in (cfg.input, cfg.val_input) if path]
     made = []
+    paths = list(filter(None, (cfg.input, cfg.val_input)))
     for path in paths:
         if os.path.isdir(path):
-            made.append(folder_source({}, path))
+            made.append(folder_source({}, path, cfg.text_key))
         elif os.path.isfile(path):
-            made.append(Source({}, partial(read_file, path, cfg.text_key), size=os.path.getsize(path)))
+            made.append(file_source(path, cfg.text_key))
+        elif os.path.exists(path):
+            raise UserError(f'{path} is a pipe or a device, which cannot be read twice: write it to a file first')
         else:
             raise UserError(f'no such file or folder: {path}')
+    if cfg.text_key and not any(source.rows for source in made):
+        raise UserError(f'text_key={cfg.text_key} names a column, and {" and ".join(paths)} has none: leave it out')
     about = {'input': cfg.input, **made[0].about} | ({'val_input': cfg.val_input} if cfg.val_input else {})
-    return Source(about, made[0].train, made[1].train if cfg.val_input else None, sum(source.size for source in made))
+    train, val = made[0], made[1] if cfg.val_input else None
+    left_out = collections.ChainMap(*(source.left_out for source in made))
+    return Source(about, train.train, val and val.train, sum(source.size for source in made), left_out)
 
 
 def make_source(cfg, dataset):
@@ -297,34 +427,32 @@ def hash_key(head):
 
 
 def cut_at(pieces, position):
-    """Splits a single document: the characters before `position` are for training, the others for validation."""
+    """The characters before `position` are for training, the others for validation."""
     at = 0
     for _, text, ends in tag(pieces, len):
         left = max(position - at, 0)
         at += len(text)
         if left:
-            yield 'train', text[:left], at >= position
-        if at > position or ends:
+            yield 'train', text[:left], ends or at >= position
+        if at > position or ends and not left:
             yield 'val', text[left:], ends
 
 
 def split_stream(source, val_fraction):
-    """A function that starts a new stream of (split, text, ends). Reads an unsplit source once to choose its split.
-
-    Raises UserError where a split would be empty."""
+    """A function that starts a new stream of (split, text, ends). Reads an unsplit source once to choose its split: by a
+    hash of how documents begin, or, where that would hold out less than half of val_fraction or more than twice as much, at
+    a place in the text. Raises UserError where a split would be empty."""
     if source.val:
         return lambda: itertools.chain(tag(source.train(), lambda head: 'train'), tag(source.val(), lambda head: 'val'))
-    documents, characters, lowest, highest = 0, 0, 1.0, 0.0
-    for key, text, ends in tag(source.train(), hash_key):
-        documents, characters = documents + ends, characters + len(text)
-        lowest, highest = min(lowest, key), max(highest, key)
-    if documents == 0:
+    characters = held_out = 0
+    for key, text, _ in tag(source.train(), hash_key):
+        characters, held_out = characters + len(text), held_out + len(text) * (key <= val_fraction)
+    if not characters:
         raise UserError('the input is empty: there is no text to prepare')
-    position = int(characters * (1 - val_fraction))
-    if documents == 1 and 0 < position < characters:
-        return lambda: cut_at(source.train(), position)
-    if documents == 1 or lowest == highest:
-        raise UserError('the input is too short or too uniform to hold out a validation split; give --val_input=PATH')
-    # Few documents may all fall on one side: then the one with the lowest key is held out.
-    threshold = val_fraction if lowest <= val_fraction < highest else lowest
-    return lambda: tag(source.train(), lambda head: 'val' if hash_key(head) <= threshold else 'train')
+    held_out /= characters
+    if val_fraction / 2 <= held_out <= min(2 * val_fraction, (1 + val_fraction) / 2):
+        return lambda: tag(source.train(), lambda head: 'val' if hash_key(head) <= val_fraction else 'train')
+    position = int(characters * (1 - val_fraction))  # few documents, or very unequal ones
+    if not 0 < position < characters:
+        raise UserError('the input is too short to hold out a validation split; give --val_input=PATH')
+    return lambda: cut_at(source.train(), position)

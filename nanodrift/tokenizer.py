@@ -10,12 +10,15 @@ Text to ids and back. Four tokenizers, one interface: `gpt2`, `byte`, `char` and
 `vocab_size` counts the ids that have text, the end-of-text id `eot` included; it is always the last one and decodes to
 '<|endoftext|>'. That literal in an input gets no special meaning: it is encoded like any other text.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import signal
 import tempfile
+import threading
 import urllib.request
 
 import numpy as np
@@ -23,6 +26,7 @@ import numpy as np
 from nanodrift.options import UserError
 
 EOT_TEXT = '<|endoftext|>'
+LONGEST_PRETOKEN = 512  # bytes
 
 # GPT-2's pre-tokenization pattern, in the form tiktoken publishes: equivalent to the original, without backtracking.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -212,17 +216,35 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def immediate_signals():
+    """Lets Ctrl-C and SIGTERM end the process at once: Python's own handlers wait until a library's long call returns."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train_bpe(vocab_size, texts):
     """Learns byte-level BPE from an iterable of str; `vocab_size` counts all ids, the end-of-text id included.
 
-    The same texts give the same tokens. Raises UserError where the texts have too few pairs that occur twice."""
+    The same texts give the same tokens. Pre-tokens are cut at LONGEST_PRETOKEN bytes: learning from one takes time that
+    grows faster than its length, and text without spaces may be a single one. Raises UserError where the texts have too few
+    pairs that occur twice."""
     from tokenizers import Tokenizer as Trainee
     from tokenizers import models, pre_tokenizers, trainers
     trainee = Trainee(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainee.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                                     pre_tokenizers.FixedLength(length=LONGEST_PRETOKEN)])
+    with immediate_signals():
+        trainee.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     alphabet = byte_alphabet()
     vocab = trainee.get_vocab()
     tokens = [bytes(alphabet[c] for c in token) for token in sorted(vocab, key=vocab.get)]

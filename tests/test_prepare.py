@@ -1,4 +1,5 @@
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -246,6 +247,88 @@ def test_jsonl_and_parquet(inside, tmp_path, monkeypatch):
     assert np.count_nonzero(got == 256) == 1000 and len(expected.encode()) == len(got) + 1000 * (len(EOT_TEXT) - 1)
 
 
+ROW_FILES = {
+    'a.jsonl': lambda rows: '\n'.join(map(json.dumps, rows)), 'a.NDJSON': lambda rows: '\n'.join(map(json.dumps, rows)),
+    'a.json': json.dumps, 'b.json': lambda rows: '\n'.join(map(json.dumps, rows)),
+    'a.csv': lambda rows: 'n,text\r\n' + ''.join(f'{row["n"]},"{row["text"]}"\r\n' for row in rows),
+    'a.tsv': lambda rows: 'n\ttext\n' + ''.join(f'{row["n"]}\t"{row["text"]}"\n' for row in rows),
+    'a.jsonl.gz': lambda rows: gzip.compress('\n'.join(map(json.dumps, rows)).encode())}
+
+
+@pytest.mark.parametrize('name', ROW_FILES)
+def test_files_of_rows(inside, tmp_path, name):
+    rows = [{'n': i, 'text': f'row {i},\nof é'} for i in range(9)]
+    path, val = write(tmp_path / name, ROW_FILES[name](rows)), write(tmp_path / 'v.txt', 'v')
+    made = inside(input=path, tokenizer='byte', val_input=val)
+    assert documents(read_back(made)['train']) == [row['text'] for row in rows]
+
+
+def test_a_folder_with_files_of_rows_is_these_rows(inside, tmp_path, capsys):
+    """As a snapshot of a data set from the hub: its README is about the data."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    (tmp_path / 'in' / 'data').mkdir(parents=True)
+    text = pa.array(['b', 'c', 'c']).dictionary_encode()
+    pq.write_table(pa.table({'text': text}), tmp_path / 'in' / 'data' / 'x.parquet')
+    write(tmp_path / 'in' / 'README.md', 'about')
+    write(tmp_path / 'in' / 'settings.json', '{"text": "no row"}')
+    write(tmp_path / 'in' / 'a.JSONL', '{"text": "a"}\n')
+    made = inside(input=str(tmp_path / 'in'), tokenizer='byte', val_input=write(tmp_path / 'v.txt', 'v'))
+    assert documents(read_back(made)['train']) == ['a', 'b', 'c', 'c']
+    assert 'left out 2 files that are not rows' in capsys.readouterr().out
+    made = inside(input=str(tmp_path / 'in'), tokenizer='byte', text_key='text', val_input=write(tmp_path / 'v.txt', 'v'))
+    assert documents(read_back(made)['train']) == ['a', 'b', 'c', 'c', 'no row']
+    (tmp_path / 'code').mkdir()
+    write(tmp_path / 'code' / 'package.json', '{"name": 1}')
+    made = inside(input=str(tmp_path / 'code'), tokenizer='byte', val_input=write(tmp_path / 'v.txt', 'v'))
+    assert documents(read_back(made)['train']) == ['{"name": 1}']
+
+
+def test_rows_without_text_are_left_out_and_counted(inside, tmp_path, capsys):
+    rows = '{"text": "a"}\n{"text": null}\n{"text": "\\ud800"}\n{"text": "b"}\n'
+    made = inside(input=write(tmp_path / 'a.jsonl', rows), tokenizer='byte', val_input=write(tmp_path / 'v.txt', 'v'))
+    assert documents(read_back(made)['train']) == ['a', 'b']
+    assert 'left out 2 rows' in capsys.readouterr().out
+
+
+def test_string_views_and_gz_text(inside, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    schema = pa.schema([pa.field('text', pa.string_view())])
+    pq.write_table(pa.table({'text': pa.array(['a', 'b'], pa.string_view())}, schema=schema), tmp_path / 'a.parquet')
+    packed = write(tmp_path / 'v.txt.gz', gzip.compress('v é'.encode()))
+    made = read_back(inside(input=str(tmp_path / 'a.parquet'), tokenizer='byte', val_input=packed))
+    assert documents(made['train']) == ['a', 'b'] and documents(made['val']) == ['v é']
+
+
+def test_linked_folders_are_followed_once(inside, tmp_path):
+    write(tmp_path / 'elsewhere' / 'b.txt', 'b')
+    write(tmp_path / 'in' / 'a.txt', 'a')
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'in' / 'link')
+    os.symlink(tmp_path / 'in', tmp_path / 'elsewhere' / 'back')
+    made = inside(input=str(tmp_path / 'in'), tokenizer='byte', val_input=write(tmp_path / 'v.txt', 'v'))
+    assert documents(read_back(made)['train']) == ['a', 'b']
+
+
+@pytest.mark.parametrize('first, second', [(10, 20_000), (20_000, 10), (5000, 5000)])
+def test_the_held_out_share_is_bounded_where_documents_are_unequal(inside, tmp_path, first, second):
+    for start in 'abc':
+        text = start * first + EOT_TEXT + 'x' + start * second
+        counts = load_meta(inside(input=write(tmp_path / 'in.txt', text), tokenizer='byte'))['splits']
+        share = counts['val']['bytes'] / (counts['val']['bytes'] + counts['train']['bytes'])
+        assert 0.05 <= share <= 0.2, share
+        texts = read_back(tmp_path / 'data' / 'x_byte')
+        assert ''.join(documents(texts['train']) + documents(texts['val'])) == text.replace(EOT_TEXT, '')
+
+
+def test_learning_from_text_without_spaces_takes_no_longer():
+    """Not timed: a pre-token of 10,000 letters is cut where no pair may cross."""
+    rng = random.Random(0)
+    text = ''.join(rng.choice('ACGT') for _ in range(10_000))
+    pieces = [text[i:i + 512] for i in range(0, len(text), 512)]
+    assert train_bpe(300, [text]).tokens == train_bpe(300, pieces).tokens
+
+
 WIKITEXT = ['', ' = First = \n', '', ' Text . \n', ' = not a title , no blank line = \n', '', ' = = Section = = \n', '',
             ' More text . \n', '', ' = Second = \n', '', ' Text . \n']
 
@@ -328,10 +411,14 @@ def bad_input(tmp_path, name):
     import pyarrow as pa
     import pyarrow.parquet as pq
     files = {'missing.txt': None, 'empty.txt': '', 'blank.txt': f'\n{EOT_TEXT}\n\n{EOT_TEXT}\n', 'short.txt': 'x',
-             'same.txt': EOT_TEXT.join(['same'] * 9), 'latin.txt': b'x' * 300_000 + b'caf\xe9 au lait',
+             'latin.txt': b'x' * 300_000 + b'caf\xe9 au lait',
              'cut.txt': 'é'.encode()[:1], 'bad.jsonl': '{"text": "a"}\n{"text": ',
              'key.jsonl': '{"text": "a"}\n{"body": "b"}',
              'list.jsonl': '["text"]', 'number.jsonl': '{"text": 1}', 'latin.jsonl': b'{"text": "a"}\n{"text": "\xe9"}',
+             'utf16.txt': 'text'.encode('utf-16'), 'le.txt': ('text' * 99).encode('utf-16-le'),
+             'be.txt': ('text' * 99).encode('utf-16-be'), 'packed.txt': gzip.compress(b'text'),
+             'torn.txt.gz': gzip.compress(b'text' * 999)[:30], 'head.csv': 'a,b\n1,2\n', 'bad.json': '[{"text": "a"}',
+             'rows.json': '[{"text": "a"}, {"body": "b"}]', 'fifo': None,
              'surrogate.jsonl': '{"text": "\\ud800"}', 'empty.jsonl': '', 'text.parquet': 'not a parquet file',
              'good.txt': 'some text\n' * 100}
     path = tmp_path / name
@@ -341,6 +428,8 @@ def bad_input(tmp_path, name):
         pq.write_table(pa.table({'text': [1, 2]}), path)
     elif name == 'folder':
         write(path / 'binary.dat', b'\0\xff')
+    elif name == 'fifo':
+        os.mkfifo(path)
     elif files[name] is not None:
         write(path, files[name])
     return path
@@ -348,11 +437,14 @@ def bad_input(tmp_path, name):
 
 BAD_INPUTS = {
     'missing.txt': 'no such file', 'empty.txt': 'empty', 'blank.txt': 'empty', 'short.txt': 'too short',
-    'same.txt': 'too uniform', 'latin.txt': 'latin.txt is not UTF-8: byte 0xe9 at offset 300003',
+    'latin.txt': 'latin.txt is not UTF-8: byte 0xe9 at offset 300003',
     'cut.txt': 'not UTF-8: byte 0xc3 at offset 0', 'bad.jsonl': 'bad.jsonl, line 2: not JSON',
     'key.jsonl': "line 2: no text under 'text'", 'list.jsonl': "line 1: no text under 'text'",
     'number.jsonl': "line 1: no text under 'text'", 'latin.jsonl': 'line 2: not UTF-8',
-    'surrogate.jsonl': 'line 1: not UTF-8',
+    'surrogate.jsonl': 'empty', 'utf16.txt': 'iconv -f utf-16 -t', 'le.txt': 'iconv -f utf-16le',
+    'be.txt': 'iconv -f utf-16be',
+    'packed.txt': 'gunzip', 'torn.txt.gz': 'cannot be unpacked', 'head.csv': 'picks one of: a, b', 'bad.json': 'is not JSON',
+    'rows.json': 'row 2: no text', 'fifo': 'cannot be read twice',
     'empty.jsonl': 'empty', 'text.parquet': 'not a readable parquet', 'column.parquet': 'one of: story',
     'number.parquet': "no text column 'text'", 'folder': 'no UTF-8 text file'}
 
