@@ -25,10 +25,10 @@ from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import RefineConfig, Step, check_defined
 from nanodrift.tokenizer import tokenizer_from_meta
-from sample import read_prompt
+from sample import encode_prompt, read_prompt
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
-OPEN = re.compile(r'\[MASK:(\d+)\]|_{3,}')
+OPEN = re.compile(r'\[MASK(?::(\d+))?\]|_{3,}', re.IGNORECASE)
 
 
 @dataclass
@@ -38,7 +38,8 @@ class GenerateConfig:
     ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
     start: str = option('', 'the prompt, or FILE:path to read it from')
     max_new_tokens: int = option(0, 'tokens to fill in after the prompt; 0 takes 100, or as many as fit', at_least=0)
-    template: str = option('', "text with gaps, or FILE:path: [MASK:12] is twelve tokens, ____ one for each underscore")
+    template: str = option('', "text with gaps, or FILE:path: [MASK] is a token, [MASK:12] are twelve, ____ one for "
+                           'each underscore')
     repair: str = option('', 'a text file: tokens flagged with more than flag_threshold are rewritten, the others stay')
     to: str = option('', 'where --repair writes the repaired text; the differences are printed anyway')
     num_samples: int = option(1, 'how many samples', at_least=1)
@@ -72,7 +73,7 @@ def parse_template(text, encode, mask, most):
     a gap is longer than `most` or there is none."""
     ids, end = [], 0
     for gap in OPEN.finditer(text):
-        count = int(gap[1]) if gap[1] else len(gap[0])
+        count = int(gap[1] or 1) if gap[0].startswith('[') else len(gap[0])
         if not 0 < count <= most:
             raise UserError(f'{gap[0]} must be at least one token, and at most block_size={most}')
         ids += encode(text[end:gap.start()]) + [mask] * count
@@ -90,7 +91,7 @@ def first_canvas(config, tokenizer, model_config):
         if len(ids) > most:
             raise UserError(f'the {len(ids)} tokens of the template do not fit block_size={most} of the model: shorten it')
     else:
-        given = tokenizer.encode(read_prompt(config.start))
+        given = encode_prompt(tokenizer, read_prompt(config.start))
         count = config.max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
         if len(given) + count > most:
             raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit block_size={most} of the '

@@ -21,7 +21,7 @@ from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
-from nanodrift.tokenizer import tokenizer_from_meta
+from nanodrift.tokenizer import EOT_TEXT, tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 64
 ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for drifting
@@ -33,7 +33,8 @@ class SampleConfig:
     out_dir: str = option('out', 'folder of the run to sample from')
     ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
     init_from: str = option('resume', "'resume' reads out_dir; 'hf:NAME_OR_FOLDER' reads an exported model or GPT-2")
-    start: str = option('\n', 'the prompt, or FILE:path to read it from; empty is the start of a new document')
+    start: str = option('\n', 'the prompt, or FILE:path to read it from; empty, or <|endoftext|> in it, starts a new '
+                       'document')
     num_samples: int = option(10, 'how many samples; a single one is streamed', at_least=1)
     max_new_tokens: int = option(500, 'most tokens per sample; end-of-text ends one sooner', at_least=1)
     temperature: float = option(0.8, '1 is as learned, lower is safer, 0 always takes the argmax; drifting: 1 takes the '
@@ -81,6 +82,12 @@ def read_prompt(start):
         raise UserError(f'cannot read the prompt {path}: {e.strerror}') from None
     except UnicodeDecodeError as e:
         raise UserError(f'the prompt {path} is not UTF-8 (byte {e.start})') from None
+
+
+def encode_prompt(tokenizer, text):
+    """The ids of a prompt, in which the literal <|endoftext|> is the end-of-text id, as nanoGPT has it."""
+    first, *others = [tokenizer.encode(part) for part in text.split(EOT_TEXT)]
+    return first + [i for ids in others for i in (tokenizer.eot, *ids)]
 
 
 def generate(model, tokenizer, prompt, count, config, seed):
@@ -163,10 +170,15 @@ def main(argv):
     if model.config.model_type == 'drifting':
         check_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)
+    if 'start' not in values and tokenizer.name == 'char' and '\n' not in tokenizer.characters:
+        config.start = ''  # the default is a newline
     text = read_prompt(config.start)
-    prompt = tokenizer.encode(text)
+    prompt = encode_prompt(tokenizer, text)
     if not prompt and model.config.model_type != 'drifting':
         prompt = [tokenizer.eot]
+    if len(prompt) > model.config.block_size:
+        print(f'the prompt has {len(prompt)} tokens; the model reads the last block_size={model.config.block_size} of them',
+              file=sys.stderr)
     started = time.perf_counter()
     with autocast(device, dtype):
         if model.config.model_type == 'drifting':

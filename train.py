@@ -93,6 +93,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
+        data_dir, name = os.path.split(self.dataset)
+        if data_dir or not name:
+            raise UserError(f'dataset={self.dataset!r} is not a name, which has no separators: --data_dir={data_dir} '
+                            f'--dataset={name or "NAME"}')
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise UserError(f'min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}: lower --min_lr')
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]

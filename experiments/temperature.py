@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from model import load_model
-from nanodrift import checkpoint
+from nanodrift import checkpoint, huggingface
 from nanodrift.data import Windows, load_meta
 from nanodrift.machine import pick_device
 from nanodrift.metrics import Mean, calibrated_predictions, combine, over_chunks, summarize
@@ -27,7 +27,7 @@ from nanodrift.tokenizer import tokenizer_from_meta
 @dataclass
 class TemperatureConfig:
     """Which checkpoint is scored, and on what."""
-    out_dir: str = option('out', 'folder of the run')
+    out_dir: str = option('out', "folder of the run, or 'hf:NAME_OR_FOLDER'")
     ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
     data: str = option('', "folder of a prepared data set whose validation text is used; empty is the run's own")
     ignore_text: str = option('', "leave the tokens of this text, ' <unk>' say, out")
@@ -77,11 +77,13 @@ def score(model, batches, temperature=1.0):
 def main(argv):
     c, _ = configure(argv, TemperatureConfig, description=__doc__)
     device = pick_device(c.device)
-    state = checkpoint.load(checkpoint.find(c.out_dir, c.ckpt))
+    state = huggingface.open_run(c.out_dir, c.ckpt)
     model = load_model(state, device)
     if not model.config.causal:
         raise UserError(f'{c.out_dir} is a {model.config.model_type} model that sees what it is asked for: only causal '
                         'types are scored here; see evaluate.py')
+    if not c.data and not state['config']:
+        raise UserError(f'{c.out_dir} does not say what it was trained on: --data=FOLDER of a prepared data set')
     folder = c.data or os.path.join(state['config']['data_dir'], state['config']['dataset'])
     meta, T = load_meta(folder), model.config.block_size
     if meta['tokenizer'] != state['tokenizer']:
@@ -90,13 +92,14 @@ def main(argv):
     if c.ignore_text:
         make_batch = ignoring(make_batch, tokenizer_from_meta(meta['tokenizer']).encode(c.ignore_text))
     windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T + 1, T)
-    batches = []
-    for offsets in torch.tensor(windows.spread(c.windows or len(windows))).split(c.batch_size):
-        X, Y, _ = (t if t is None else t.to(device) for t in make_batch(windows.read(offsets.tolist()), None))
-        batches.append((model.trunk(X), Y))
-    fitted, scored = batches[:len(batches) // 2], batches[len(batches) // 2:]
-    if not fitted:
-        raise UserError(f'{folder} has too little validation text to be halved: lower --batch_size')
+    offsets = torch.tensor(windows.spread(c.windows or len(windows)))
+    if len(offsets) < 2:
+        raise UserError(f'one window cannot be halved: {folder} needs more validation text, or --windows=2 and more')
+    halves = []
+    for half in offsets[:len(offsets) // 2], offsets[len(offsets) // 2:]:
+        batches = [make_batch(windows.read(part.tolist()), None)[:2] for part in half.split(c.batch_size)]
+        halves.append([(model.trunk(X.to(device)), Y.to(device)) for X, Y in batches])
+    fitted, scored = halves
     temperature = fit_temperature(model, fitted)
     scores = {'temperature': temperature, 'as_it_is': score(model, scored), 'scaled': score(model, scored, temperature)}
     for name, row in (('as it is', scores['as_it_is']), (f'at temperature {temperature:.3f}', scores['scaled'])):

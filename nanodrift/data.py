@@ -140,11 +140,9 @@ def read_tokens(folder, split, meta, count=-1):
 
 def prepare_command(name):
     """The command that makes the data set `name`."""
-    known = re.fullmatch(rf"({'|'.join(DATASETS)})(?:_(byte|char|bpe(?=\d))(\d*))?", name)
-    if not known:
-        return f'python prepare.py --input=PATH --name={name}'
-    dataset, tokenizer, size = known.groups()
-    return f'python prepare.py {dataset}' + (f' --tokenizer={tokenizer}{":" * bool(size)}{size}' if tokenizer else '')
+    dataset, tokenizer, size = re.fullmatch(r'(.*?)(?:_(byte|char|bpe(?=\d))(\d*))?', name).groups()
+    text = dataset if dataset in DATASETS else f'--input=PATH --name={dataset}'
+    return f'python prepare.py {text}' + (f' --tokenizer={tokenizer}{":" * bool(size)}{size}' if tokenizer else '')
 
 
 def load_meta(folder):

@@ -12,7 +12,7 @@ from nanodrift.checkpoint import EMBEDDING
 from nanodrift.corpus import hub_is_reachable
 from nanodrift.kernels import padded_vocab_size
 from nanodrift.options import UserError
-from nanodrift.tokenizer import EOT_TEXT, byte_alphabet, tokenizer_from_meta, tokenizer_from_spec
+from nanodrift.tokenizer import EOT_TEXT, BPETokenizer, byte_alphabet, tokenizer_from_meta, tokenizer_from_spec
 
 # What the published variants call themselves, and what a Hugging Face GPT-2 may say of itself and still be that of model.py.
 PUBLISHED_TYPES = {'dd-gpt2': 'dd', 'parallel-gpt2': 'parallel', 'duo-predict-gpt2': 'duo', 'rotating-head-gpt2': 'rotating'}
@@ -47,11 +47,65 @@ def open_run(name, which='best'):
     if OURS in config:
         check_facts(name, config[OURS], ('tokenizer', 'run_id', 'parents'))
     model_args, weights = load_gpt2(folder, config)
+    run_id = f'hf:{checkpoint.fingerprint(weights)}'  # by any name it is the same
+    facts = {'run_id': run_id, 'parents': []} | config.get(OURS, {})
+    if 'tokenizer' not in facts:
+        tokenizer = read_tokenizer(folder, model_args['vocab_size'])
+        facts['tokenizer'] = None if tokenizer is None else tokenizer.to_meta()
+    if facts['tokenizer'] is not None:
+        leave_out_added_ids(folder, model_args, weights, tokenizer_from_meta(facts['tokenizer']).vocab_size)
+    return facts | {'model_args': model_args, 'model': weights, 'config': {}, 'iter_num': 0, 'foreign': config['model_type']}
+
+
+def leave_out_added_ids(name, model_args, weights, vocab_size):
+    """Ids behind the tokenizer's, of a padding token say, have no text: they must be neither drawn nor counted."""
+    if model_args['vocab_size'] < vocab_size:
+        raise UserError(f"hf:{name} has a vocabulary of {model_args['vocab_size']}, its tokenizer one of {vocab_size}")
+    model_args['vocab_size'] = vocab_size
+    embedding = weights[EMBEDDING].clone()[:padded_vocab_size(vocab_size)]
+    embedding[vocab_size:] = 0
+    weights[EMBEDDING] = weights['lm_head.weight'] = embedding
+
+
+def read_tokenizer(name, vocab_size):
+    """The tokenizer that lies beside weights in Hugging Face's format, as one of ours; GPT-2's where there is none and the
+    size is right, None where it is not. Raises UserError where it is not byte-level BPE with end-of-text behind the ids of
+    text, the form that GPT-2's has."""
+    if path := _fetch(name, 'tokenizer.json'):
+        content = _read_json(path)
+        model = content.get('model') or {}
+        added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
+        vocab, merges = model.get('vocab'), [' '.join(m) if isinstance(m, list) else m for m in model.get('merges') or []]
+        before = json.dumps(content.get('pre_tokenizer'))
+        usual = content.get('normalizer') is None and '"ByteLevel"' in before and '"add_prefix_space": true' not in before
+    elif (path := _fetch(name, 'vocab.json')) and (merges := _fetch(name, 'merges.txt')):
+        vocab, added, usual = _read_json(path), {}, True
+        with open(merges, encoding='utf-8') as f:
+            merges = [line.rstrip('\n') for line in f if line.strip() and not line.startswith('#version')]
+    else:
+        gpt2 = tokenizer_from_spec('gpt2')
+        return gpt2 if vocab_size == gpt2.vocab_size else None
+    tokens = ordinary_tokens(vocab, merges, added) if usual else None
+    if tokens is None:
+        raise UserError(f'{path} is not a tokenizer of the form that GPT-2 has (byte-level BPE, end-of-text behind the ids '
+                        'of text), and no other can be used here')
     gpt2 = tokenizer_from_spec('gpt2')
-    facts = {'tokenizer': gpt2.to_meta() if model_args['vocab_size'] == gpt2.vocab_size else None,
-             'run_id': f'hf:{checkpoint.fingerprint(weights)}', 'parents': []}  # by any name it is the same
-    return facts | config.get(OURS, {}) | {'model_args': model_args, 'model': weights, 'config': {}, 'iter_num': 0,
-                                           'foreign': config['model_type']}
+    return gpt2 if tokens == gpt2.tokens[:-1] else BPETokenizer(f'bpe:{len(tokens) + 1}', tokens)
+
+
+def ordinary_tokens(vocab, merges, added):
+    """The bytes of each id of text, or None where ids are not in the order of the merges, with end-of-text behind them.
+    vocab: {token: id}; merges: 'a b' in order; added: {special token: id}."""
+    if not isinstance(vocab, dict):
+        return None
+    alphabet = byte_alphabet()
+    spelled = sorted((token for token in vocab if token not in added and token != EOT_TEXT), key=vocab.get)
+    merged = [merge.replace(' ', '') for merge in merges]
+    in_order = [vocab[token] for token in spelled] == list(range(len(spelled))) and spelled[256:] == merged
+    whole = all(c in alphabet for token in spelled for c in token)
+    if not in_order or not whole or added.get(EOT_TEXT, vocab.get(EOT_TEXT)) != len(spelled):
+        return None
+    return [bytes(alphabet[c] for c in token) for token in spelled]
 
 
 def check_facts(name, facts, keys):
@@ -81,6 +135,8 @@ def _fetch(name, filename):
     if os.path.isdir(name):
         path = os.path.join(name, filename)
         return path if os.path.isfile(path) else None
+    if name.startswith(('/', '.', '~')) or os.path.exists(name):
+        raise UserError(f'hf:{name}: there is no such folder')
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     owner, *rest = name.split('/', 2)
@@ -98,19 +154,15 @@ def _fetch(name, filename):
 
 def _read_tensors(name):
     """The state dict of a Hugging Face folder or repository, from safetensors (one file or sharded) or from a .bin."""
-    path = _fetch(name, 'model.safetensors')
-    if path:
-        return _read_safetensors(path)
-    index = _fetch(name, 'model.safetensors.index.json')
-    if index:
-        listed = _read_json(index).get('weight_map')
-        if not isinstance(listed, dict):
-            raise UserError(f'{index} holds no weight_map')
-        shards = sorted(set(listed.values()))
-        return {k: v for shard in shards for k, v in _read_safetensors(_fetch(name, shard) or shard).items()}
-    path = _fetch(name, 'pytorch_model.bin')
-    if path:
-        return checkpoint.read(path)
+    for single, read in (('model.safetensors', _read_safetensors), ('pytorch_model.bin', checkpoint.read)):
+        if path := _fetch(name, single):
+            return read(path)
+        if index := _fetch(name, f'{single}.index.json'):
+            listed = _read_json(index).get('weight_map')
+            if not isinstance(listed, dict):
+                raise UserError(f'{index} holds no weight_map')
+            shards = sorted(set(listed.values()))
+            return {k: v for shard in shards for k, v in read(_fetch(name, shard) or shard).items()}
     raise UserError(f'hf:{name} holds no model.safetensors and no pytorch_model.bin')
 
 
@@ -167,11 +219,11 @@ def load_gpt2(name, config):
         if key.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
         weights[key] = tensor.float()
-    embedding = weights.get(EMBEDDING)
+    head = tensors.get('lm_head.weight')
+    embedding = weights.setdefault(EMBEDDING, None if head is None else head.float())  # one matrix, by either name
     if embedding is None or embedding.dim() != 2 or len(embedding) != config['vocab_size']:
         raise UserError(f"hf:{name}: vocab_size={config['vocab_size']} in its config.json, but "
                         f"{EMBEDDING} is {'missing' if embedding is None else 'of shape ' + str(tuple(embedding.shape))}")
-    head = tensors.get('lm_head.weight')
     if head is not None and not torch.equal(head.float(), embedding):
         raise UserError(f'hf:{name}: lm_head.weight is not {EMBEDDING}; here the two are one')
     padding = padded_vocab_size(len(embedding)) - len(embedding)

@@ -140,8 +140,12 @@ def from_stored(cls, values, what):
 
 
 def unknown_key(name, known, where):
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return UserError(f"unknown key {name!r} in {where}; the nearest known one is {near[0]!r} (--help lists them all)")
+    if name in known:
+        return UserError(f'in {where}: write --{name}=VALUE')
+    initials = [key for key in known if ''.join(word[0] for word in key.split('_')) == name]  # lr, bs
+    near = (initials or difflib.get_close_matches(name, known, n=1))[:1]
+    hint = f'the nearest known one is {near[0]!r} (--help lists them all)' if near else '--help lists all keys'
+    return UserError(f'unknown key {name!r} in {where}; {hint}')
 
 
 def read_config_file(path):

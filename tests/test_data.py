@@ -175,7 +175,8 @@ def test_load_meta_names_the_command_and_what_exists(data_dir, tmp_path):
     for name, command in {'tinystories': 'prepare.py tinystories`',
                           'shakespeare_char': 'prepare.py shakespeare --tokenizer=char`',
                           'wikitext-2_bpe512': 'prepare.py wikitext-2 --tokenizer=bpe:512`',
-                          'mine': 'prepare.py --input=PATH --name=mine`'}.items():
+                          'mine': 'prepare.py --input=PATH --name=mine`',
+                          'story_char': 'prepare.py --input=PATH --name=story --tokenizer=char`'}.items():
         with pytest.raises(UserError) as e:
             load_meta(tmp_path / 'data' / name)
         assert command in str(e.value) and 'does not exist' in str(e.value)

@@ -81,6 +81,7 @@ def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
 def test_gaps_are_as_long_as_they_say():
     encode = ByteTokenizer().encode
     assert parse_template('a[MASK:3]b____', encode, 300, 16) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
+    assert parse_template('a[MASK]b[mask:2]', encode, 300, 16) == [97, 300, 98, 300, 300]
     assert parse_template('__init__ ___', encode, 300, 16) == [*b'__init__ ', 300, 300, 300]
     with pytest.raises(UserError, match='no gap'):
         parse_template('nothing __ open', encode, 300, 16)

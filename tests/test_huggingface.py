@@ -9,6 +9,7 @@ from model import GPT, GPTConfig, load_model
 from nanodrift import checkpoint, huggingface
 from nanodrift.machine import Ranks
 from nanodrift.options import UserError
+from nanodrift.tokenizer import BPETokenizer, tokenizer_from_meta, tokenizer_from_spec, train_bpe
 from train import Trainer
 
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-dev.txt')
@@ -128,7 +129,7 @@ def test_given_rates_of_rotating_gp_are_used(tmp_path, start, vocab_size):
 
 @pytest.mark.parametrize('change, reason', [
     (lambda c, w: c.update(vocab_size=300), 'vocab_size=300'), (lambda c, w: c.pop('n_positions'), 'lacks n_positions'),
-    (lambda c, w: w.pop('transformer.wte.weight'), 'wte.weight is missing'),
+    (lambda c, w: (w.pop('transformer.wte.weight'), w.pop('lm_head.weight')), 'wte.weight is missing'),
     (lambda c, w: w.update({'transformer.a': {}}), 'no tensor'),
     (lambda c, w: w.update({'lm_head.weight': w['lm_head.weight'] + 1}), 'lm_head.weight'),
     (lambda c, w: c.update(model_type='parallel-gpt2'), '--model_type=parallel'),
@@ -234,3 +235,84 @@ def test_every_own_weight_is_listed():
     model = GPT(GPTConfig(model_type='heat', heat_t='adaptive', vocab_size=20, **SIZES))
     names = [name for name in model.state_dict() if not checkpoint.GPT2_NAMES.fullmatch(name)]
     assert len(names) == 2 * 6 and all('.attn.time.mlp.' in name for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other people's tokenizers, and their ways to keep weights
+
+def with_tokenizer(path, vocab_size, tokens, *specials, split=False):
+    """A Hugging Face GPT-2 folder with a tokenizer of these tokens (bytes) and, behind end-of-text, special ones."""
+    folder = hf_folder(path, vocab_size)
+    theirs = huggingface.hf_tokenizer(BPETokenizer(f'bpe:{len(tokens) + 1}', tokens))
+    theirs.add_special_tokens(list(specials))
+    if split:
+        theirs.model.save(folder)
+        vocab = json.loads((path / 'vocab.json').read_text())
+        (path / 'vocab.json').write_text(json.dumps(vocab | {'<|endoftext|>': len(tokens)}))
+    else:
+        theirs.save(str(path / 'tokenizer.json'))
+    return f'hf:{folder}'
+
+
+OTHER_TOKENS = train_bpe(280, ['the cat sat on the mat, and there was nothing that a dog could do about it'] * 9).tokens[:-1]
+
+
+@pytest.mark.parametrize('split', [False, True])
+def test_a_tokenizer_beside_weights_is_theirs(tmp_path, split):
+    state = huggingface.open_run(with_tokenizer(tmp_path, 280, OTHER_TOKENS, split=split))
+    tokenizer = tokenizer_from_meta(state['tokenizer'])
+    assert tokenizer.tokens[:-1] == OTHER_TOKENS and tokenizer.vocab_size == 280 == tokenizer.eot + 1
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=huggingface.hf_tokenizer(tokenizer))
+    assert tokenizer.encode('the mat, the hat') == theirs.encode('the mat, the hat')
+
+
+def test_a_tokenizer_of_the_size_of_gpt2s_is_told_from_it(tmp_path):
+    gpt2 = tokenizer_from_spec('gpt2').tokens[:-1]
+    (tmp_path / 'a').mkdir()
+    same = huggingface.open_run(with_tokenizer(tmp_path / 'a', 50257, gpt2))
+    assert same['tokenizer']['name'] == 'gpt2'
+    (tmp_path / 'b').mkdir()
+    other = huggingface.open_run(with_tokenizer(tmp_path / 'b', 50257, gpt2[:-1] + [b' the the']))
+    assert other['tokenizer']['name'] == 'bpe:50257'
+
+
+def test_added_ids_are_neither_drawn_nor_counted(tmp_path):
+    state = huggingface.open_run(with_tokenizer(tmp_path, 282, OTHER_TOKENS, '[PAD]', '[SEP]'))
+    model = load_model(state)
+    assert model.config.vocab_size == 280 and model.head(torch.randn(1, 16)).size(-1) == 280
+    ids = [int(i) for column in model.generate(torch.zeros(50, 1).long(), 8, temperature=50.0) for i in column]
+    assert max(ids) < 280
+
+
+@pytest.mark.parametrize('change', [
+    lambda c: c['model'].update(type='Unigram', vocab=[['a', 0.0]]), lambda c: c.update(pre_tokenizer={'type': 'Split'}),
+    lambda c: c['model']['merges'].reverse(), lambda c: c['added_tokens'][0].update(id=0), lambda c: c.update(model=None)])
+def test_a_tokenizer_of_another_form_is_refused(tmp_path, change):
+    name = with_tokenizer(tmp_path, 280, OTHER_TOKENS)
+    content = json.loads((tmp_path / 'tokenizer.json').read_text())
+    change(content)
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='form that GPT-2 has'):
+        huggingface.open_run(name)
+
+
+def test_weights_with_the_head_alone_and_in_several_files(tmp_path):
+    folder = hf_folder(tmp_path, 99)
+    wanted = huggingface.open_run(f'hf:{folder}')['model']
+    weights = torch.load(tmp_path / 'pytorch_model.bin')
+    del weights['transformer.wte.weight']
+    names = sorted(weights)
+    shards = {'a.bin': names[::2], 'b.bin': names[1::2]}
+    for file, some in shards.items():
+        torch.save({name: weights[name] for name in some}, tmp_path / file)
+    (tmp_path / 'pytorch_model.bin').unlink()
+    index = {'weight_map': {name: file for file, some in shards.items() for name in some}}
+    (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    found = huggingface.open_run(f'hf:{folder}')['model']
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize('name', ['/no/such/folder', './none', '../none'])
+def test_a_missing_folder_is_no_name_on_the_hub(name):
+    with pytest.raises(UserError, match='no such folder'):
+        huggingface.open_run(f'hf:{name}')

@@ -107,6 +107,14 @@ def test_an_unknown_key_names_the_nearest(config_file, wrong, right):
         toy(path)
 
 
+@pytest.mark.parametrize('argument, hint', [('--lr=1', "is 'learning_rate'"), ('--nodes=2', 'config; --help lists all keys'),
+                                            ('-max_iters=2', 'write --max_iters=VALUE')])
+def test_a_key_that_is_near_no_other_is_compared_with_none(tmp_path, argument, hint):
+    with pytest.raises(UserError) as e:
+        train.read_settings([argument])
+    assert hint.replace('config', 'the command line') in str(e.value)
+
+
 def test_later_files_beat_earlier_ones_and_the_command_line_beats_files(config_file):
     one, two = config_file("size = 1\nname = 'one'\nrate = 1", 'one.py'), config_file("size = 2\nname = 'two'", 'two.py')
     assert toy(one, two, '--name=line') == Toy(size=2, name='line', rate=1.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_script
 
+import prepare
 import sample
 from model import load_model
 from nanodrift import checkpoint
@@ -109,3 +110,22 @@ def test_drafts_are_counted_and_change_nothing(out_dir):
     words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12']
     plain, drafted = run_script(*words), run_script(*words, '--draft=ngram')
     assert drafted.stdout == plain.stdout and 'tokens per forward pass' in drafted.stderr
+
+
+def test_end_of_text_in_a_prompt_is_its_id_and_long_prompts_are_cut_aloud(out_dir):
+    tokenizer = sample.tokenizer_from_meta(checkpoint.load(checkpoint.find(out_dir))['tokenizer'])
+    assert sample.encode_prompt(tokenizer, 'a<|endoftext|>b<|endoftext|>') == [97, 256, 98, 256]
+    done = run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=2', '--start=' + 'ab' * 20)
+    assert 'the prompt has 40 tokens; the model reads the last block_size=16' in done.stderr
+    assert done.stdout.startswith('ab' * 20)
+
+
+def test_the_default_prompt_needs_no_newline_in_the_vocabulary(tmp_path, capsys):
+    (tmp_path / 'dna.txt').write_text('ACGT' * 300)
+    prepare.main([f'--input={tmp_path}/dna.txt', '--name=dna', '--tokenizer=char', f'--data_dir={tmp_path}'])
+    settings = TINY | {'data_dir': str(tmp_path), 'dataset': 'dna_char', 'max_iters': 2, 'out_dir': str(tmp_path / 'out')}
+    main([f'--{key}={value}' for key, value in settings.items()])
+    done = run_script('sample.py', f'--out_dir={tmp_path}/out', '--num_samples=1', '--max_new_tokens=8')
+    assert set(done.stdout.strip()) <= set('ACGT')
+    wrong = run_script('sample.py', f'--out_dir={tmp_path}/out', '--start=x', check=False)
+    assert wrong.returncode == 2 and 'no id' in wrong.stderr

@@ -44,6 +44,12 @@ def test_a_checkpoint_is_scored_on_one_half_and_scaled_by_the_other(data_dir, tm
     assert found['as_it_is']['accuracy'] == found['scaled']['accuracy']  # no temperature changes the most likely token
     assert found['as_it_is']['ece'] != found['scaled']['ece']
     before = found['as_it_is']
+    for batch in (1, 5, 64):  # the halves are of the windows, whatever the batches
+        temperature.main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', f'--batch_size={batch}'])
+        again = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert again['temperature'] == pytest.approx(found['temperature'], rel=1e-3)
+    with pytest.raises(UserError, match='halved'):
+        temperature.main([f'--out_dir={folder}', '--device=cpu', '--windows=1'])
     temperature.main([f'--out_dir={folder}', '--device=cpu', '--ckpt=last', '--ignore_text=e'])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['as_it_is']['loss'] > before['loss']
     (tmp_path / 'a.txt').write_text(pseudo_text(2000))

@@ -759,3 +759,9 @@ def test_a_resumed_run_may_change_its_dropout(tiny):
     train.train(config, model_config)
     assert resume(config.out_dir, '--dropout=0.2', '--max_iters=8') == 0
     assert metrics(config.out_dir)[-1]['iter'] == 8
+
+
+@pytest.mark.parametrize('dataset, hint', [('data/a_byte', '--data_dir=data --dataset=a_byte'), ('data/', '--dataset=NAME')])
+def test_a_data_set_is_a_name(dataset, hint):
+    with pytest.raises(UserError, match=hint):
+        train.TrainConfig(dataset=dataset)
