@@ -29,7 +29,7 @@ from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
 from nanodrift.variants import first_of_each_type, variants_of
-from train import TrainConfig, read_settings
+from train import DIVERGED, TrainConfig, read_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
@@ -238,7 +238,8 @@ def check_same_settings(folder, state, words):
 
 
 def call(config, words):
-    """Runs train.py with these words, passing signals on to it, and ends with its exit code if it fails or was stopped."""
+    """Runs train.py with these words, passing signals on to it. Returns False if the run diverged, True after success; ends
+    with its exit code if it fails otherwise or was stopped."""
     command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
     print('\n$ ' + shlex.join(command), flush=True)
 
@@ -255,8 +256,9 @@ def call(config, words):
             signal.signal(number, handler)
     if stopped and code <= 0:
         code = 128 + stopped[0]
-    if code:
+    if code not in (0, DIVERGED):
         raise SystemExit(code if code > 0 else 128 - code)
+    return code == 0
 
 
 def iterations(config, planned, measure=False):
@@ -272,7 +274,8 @@ def iterations(config, planned, measure=False):
     if not finished(trial, state, TRIAL):
         if not measure:
             return None
-        call(config, words)
+        if not call(config, words):
+            return TRIAL  # it has no speed, and will not come further
     speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
     return max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
@@ -286,12 +289,13 @@ def check_same_runs(config, runs):
 
 
 def train_one(config, planned):
-    """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it."""
+    """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it, None if it diverged."""
     max_iters = iterations(config, planned, measure=True)
     words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
     check_same_settings(planned.folder, state, words)
     if not finished(planned.folder, state, max_iters):
-        call(config, words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}'])
+        if not call(config, words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}']):
+            return None
     return shlex.join([*(config.launcher if config.launch else ['python']), 'train.py', *words])
 
 
@@ -371,9 +375,14 @@ def main(argv):
     started, commands = time.time(), {}
     for planned in runs:
         commands[planned.name] = train_one(config, planned)
+        if commands[planned.name] is None and planned.name in HELPER_SEEDS:
+            raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
+    diverged = [name for name, command in commands.items() if command is None]
+    if all(planned.name in HELPER_SEEDS or planned.name in diverged for planned in runs):
+        raise UserError('all runs diverged: take a recipe with a lower learning_rate')
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
     variants, helpers, reference_rows = {}, [], once(evaluate.reference_quality)
-    for planned in runs:
+    for planned in [planned for planned in runs if planned.name not in diverged]:
         trained = report.collect(planned.folder, commands[planned.name])
         if planned.name in HELPER_SEEDS:
             helpers.append(trained)
@@ -382,7 +391,8 @@ def main(argv):
             variants.setdefault(planned.variant, []).append(trained | {'evaluation': evaluation})
     budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
     facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,
-             'budget': f'{budget} a run', 'samples of each run': config.samples, 'tokens of each sample': config.length}
+             'diverged, left out': '; '.join(diverged) or 'none', 'budget': f'{budget} a run',
+             'samples of each run': config.samples, 'tokens of each sample': config.length}
     path, rows = report.write(config.out_dir, facts, variants, helpers)
     print(path)
     print(json.dumps(rows))

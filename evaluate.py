@@ -41,6 +41,7 @@ from nanodrift.tokenizer import tokenizer_from_meta
 
 ALONE = Ranks()
 SAMPLES_AT_ONCE = 100
+FEW_SAMPLES = 200  # with fewer, classifier and MAUVE say little
 WIDTH = 150  # of the tables, at least: narrower ones cannot be read
 XZ_AT_MOST = 2 ** 24  # bytes of text that xz is asked about: a language model is a compressor, and this one everybody has
 NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
@@ -283,7 +284,8 @@ def cells(numbers, columns, hide=()):
         if value is None or key in hide:
             row.append('')
         elif bound and key == 'loss':
-            row.append(f'<= {value:.4f} ± {numbers["nelbo_stderr"]:.4f}')
+            error = numbers['nelbo_stderr']
+            row.append(f'<= {value:.4f}' + f' ± {error:.4f}' * math.isfinite(error))
         else:
             text = f'{value:,.1f}' if value >= 100 else f'{value:.4f}' if value < 10 else f'{value:.2f}'
             row.append('<= ' * (bound and key in ('perplexity', 'bits_per_byte')) + text)
@@ -364,6 +366,8 @@ def tell(config, entries, likelihoods, samples):
             console.print(f'{entry.name} sees the future (--published=True): its loss is no likelihood')
     if samples:
         show(f'{config.num_samples} samples of {config.length} tokens, judged by {config.judge}', samples, QUALITY, console)
+        if config.num_samples < FEW_SAMPLES:
+            console.print(f'{config.num_samples} samples are too few to tell types apart; take {FEW_SAMPLES} or more')
         for name, row in samples.items():
             if row['distinct_2'] < samples['real text']['distinct_2'] / 2:
                 console.print(f'{name} has collapsed: fewer than half of the distinct 2-grams of real text')

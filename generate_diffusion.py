@@ -46,7 +46,8 @@ class GenerateConfig:
     ignore_eot: bool = option(False, 'print what follows end-of-text too')
     animate: bool = option(False, 'play the refinement of the first sample in the terminal')
     html: str = option('', 'write a page that plays the refinement of the first sample, all in one file')
-    seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
+    seed: int = option(1337, 'the same seed and num_samples give the same samples on the same machine', at_least=0,
+                       below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of matrix products: auto takes the fastest safe one of the device', ('auto', *DTYPES))
 
@@ -55,8 +56,11 @@ class GenerateConfig:
         given = [name for name in ('start', 'template', 'repair') if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f'{" and ".join(given)} contradict each other: give one of them')
-        if self.repair and (self.animate or self.html or self.num_samples > 1):
-            raise UserError('animate, html and num_samples have no meaning for --repair')
+        idle = ['max_new_tokens', 'ignore_eot'] * bool(self.template) + \
+            ['max_new_tokens', 'ignore_eot', 'animate', 'html', 'num_samples'] * bool(self.repair)
+        idle = [name for name in idle if getattr(self, name) != getattr(GenerateConfig, name)]
+        if idle:
+            raise UserError(f'{" and ".join(idle)} have no meaning for {"--repair" if self.repair else "--template"}')
         if self.to and not self.repair:
             raise UserError('to is where --repair writes: give a text to repair')
         for name in ('html', 'to'):
@@ -103,12 +107,17 @@ def first_canvas(config, tokenizer, model_config):
 # ---------------------------------------------------------------------------------------------------------------------
 # generating
 
-def refine_batch(model, canvas, count, refine_config, seed):
-    """Refines `count` copies of a canvas (T,); yields Steps, the first of them before anything is done."""
+def refine_batch(model, canvas, count, refine_config, seed, last=False):
+    """Refines `count` copies of a canvas (T,); yields Steps, the first of them before anything is done. A document may end
+    in what is open after the given text, if this is the `last` of it; in a gap before given text it does not."""
     idx = canvas.to(model.device).repeat(count, 1)
+    mask = model.config.vocab_size
+    inside = torch.ones_like(idx, dtype=torch.bool)
+    if last:
+        inside = (idx != mask).flip(1).cummax(1).values.flip(1)
     nothing = torch.zeros(idx.shape, dtype=torch.float64)
     yield Step(idx, nothing, nothing.bool(), torch.zeros(count, dtype=torch.long))
-    yield from model.refine(idx, refine_config, seed)
+    yield from model.refine(idx, refine_config, seed, barred=(mask - 1, inside))  # end-of-text is the last id
 
 
 class Tally:
@@ -117,10 +126,10 @@ class Tally:
     def __init__(self):
         self.tokens, self.passes, self.seconds = 0, [], 0.0
 
-    def refine(self, model, canvas, count, refine_config, seed):
+    def refine(self, model, canvas, count, refine_config, seed, last=True):
         """-> the Steps of `refine_batch`: the last one, all of them reduced to the first row, how many each committed."""
         started, mask, recorded, open_before, committed = time.perf_counter(), model.config.vocab_size, [], None, []
-        for step in refine_batch(model, canvas, count, refine_config, seed):
+        for step in refine_batch(model, canvas, count, refine_config, seed, last):
             open_now = int((step.ids == mask).sum())
             if open_before is not None:
                 committed.append(open_before - open_now)
@@ -153,8 +162,8 @@ def generate(model, tokenizer, canvas, config, refine_config, console):
 
 
 def show(recording, config, console):
-    if config.animate:
-        player.play(recording, console)
+    if config.animate:  # FORCE_COLOR makes rich take a pipe for a terminal, but there the cursor cannot move
+        player.play(recording, console if sys.stdout.isatty() else Console(force_terminal=False))
     if config.html:
         player.write_page(recording, config.html)
 
@@ -182,7 +191,7 @@ def repair(model, tokenizer, config, refine_config, console):
     flagged = flagged_tokens(model, ids, refine_config.flag_threshold)
     tally.seconds += time.perf_counter() - started
     for number, block in enumerate(ids.masked_fill(flagged, mask).split(model.config.block_size)):
-        last, _, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number))
+        last, _, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
         repaired += last.ids[0].tolist()
     tally.passes = [1 + passes for passes in tally.passes]  # the one that flagged
     if config.to:
@@ -209,13 +218,16 @@ def main(argv):
     state = open_run(config.out_dir, config.ckpt)
     model, tokenizer = load_model(state, device), tokenizer_from_meta(state['tokenizer'])
     check_defined(refine_config, model)
-    sys.stdout.reconfigure(encoding='utf-8', newline='')  # whatever the locale, and line ends as they are
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace', newline='')  # whatever the locale; line ends as they are
     console = Console()
     with autocast(device, dtype):
         if config.repair:
             tally = repair(model, tokenizer, config, refine_config, console)
         else:
             tally = generate(model, tokenizer, first_canvas(config, tokenizer, model.config), config, refine_config, console)
+    if refine_config.block_length and max(tally.passes) > refine_config.max_steps:
+        print(f'a block takes at least one step, so --block_length={refine_config.block_length} took more than '
+              f'--max_steps={refine_config.max_steps}', file=sys.stderr)
     mean, speed = sum(tally.passes) / len(tally.passes), tally.tokens / max(tally.seconds, 1e-9)
     print(f'{mean:.1f} forward passes (NFE) for each of {len(tally.passes)}, {tally.tokens} tokens in {tally.seconds:.2f} '
           f's, {speed:,.1f} tokens/s', file=sys.stderr)

@@ -664,13 +664,14 @@ class DiffusionGPT(EncodedGPT):
             idx = step.ids
         return idx.clone()  # an ordinary tensor, and not the caller's
 
-    def refine(self, idx, refine_config, seed=None):
-        """An iterator over a refinement.Step for each step of filling in idx (B, T)."""
+    def refine(self, idx, refine_config, seed=None, barred=None):
+        """An iterator over a refinement.Step for each step of filling in idx (B, T). barred: an id, and the positions (B, T)
+        where it is never drawn."""
         check_defined(refine_config, self)
         if idx.size(1) > self.config.block_size:
             raise UserError(f'{idx.size(1)} tokens do not fit block_size={self.config.block_size} of the model')
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        return refine(self.trunk, self.head, idx, self.config.vocab_size, refine_config, rng)
+        return refine(self.trunk, self.head, idx, self.config.vocab_size, refine_config, rng, barred=barred)
 
 
 # every GPT has these: on other types they raise a UserError that says what to use

@@ -46,7 +46,8 @@ class SampleConfig:
                         'that the text repeats itself', ('none', 'ngram'))
     draft_tokens: int = option(4, 'guesses per forward pass', at_least=1)
     ignore_eot: bool = option(False, 'go on past end-of-text')
-    seed: int = option(1337, 'the same seed gives the same samples on the same machine', at_least=0, below=2 ** 63)
+    seed: int = option(1337, 'the same seed and num_samples give the same samples on the same machine', at_least=0,
+                       below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of matrix products: auto takes the fastest safe one of the device', ('auto', *DTYPES))
 
@@ -166,7 +167,7 @@ def main(argv):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, tokenizer = load(config, device)
-    sys.stdout.reconfigure(encoding='utf-8')  # whatever the locale
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')  # whatever the locale
     if model.config.model_type == 'drifting':
         check_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)

@@ -13,6 +13,7 @@ Below: the options, the loop, then what the loop needs.
 import math
 import os
 import signal
+import sys
 import time
 import uuid
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, option, read_values, run
 from nanodrift.runlog import RunLog, tell
 
+DIVERGED = 3  # the exit code of a run that diverged
 SCHEDULES = ('cosine', 'linear', 'constant')
 # signals that end a run with a checkpoint; some are unknown to Windows
 STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
@@ -102,6 +104,15 @@ class TrainConfig:
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
         if len(warmups) > 1:
             raise UserError(f'{" and ".join(warmups)} contradict each other: set one, and the others to 0')
+
+
+class Diverged(SystemExit):
+    """A run whose loss is no number. Ends the process with one line and exit code DIVERGED, by which a script can tell."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.code = DIVERGED
+        print(message, file=sys.stderr)
 
 
 class Trainer:
@@ -227,7 +238,7 @@ class Trainer:
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             return
-        raise SystemExit(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
+        raise Diverged(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
                          f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
 
     def _checkpoint_and_evaluate(self):
@@ -243,7 +254,7 @@ class Trainer:
             self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
         if not math.isfinite(val[metric]):
             happened = checkpoint.fall_back(self.config.out_dir) if self.ranks.first and keep else 'stopped'
-            raise SystemExit(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; '
+            raise Diverged(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; '
                              'try a lower --learning_rate')
         self.evaluated_iter = self.iter_num
         if keep and val[metric] < self.best_val_loss:

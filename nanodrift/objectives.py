@@ -264,7 +264,7 @@ def diffusion_summary(metrics):
     """Numbers of such metrics: the bound is the mean over sequences, and has a standard error."""
     bounds = metrics['nelbo'].rows
     numbers = summarize({name: metric for name, metric in metrics.items() if name != 'nelbo'})
-    stderr = float(bounds.std(correction=0)) / math.sqrt(len(bounds))
+    stderr = float(bounds.std(correction=0)) / math.sqrt(len(bounds)) if len(bounds) > 1 else math.nan
     return numbers | {'nelbo': float(bounds.mean()), 'nelbo_stderr': stderr}
 
 

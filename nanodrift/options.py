@@ -9,6 +9,7 @@ stderr and exit code 2.
 """
 import argparse
 import difflib
+import io
 import math
 import os
 import runpy
@@ -142,8 +143,8 @@ def from_stored(cls, values, what):
 def unknown_key(name, known, where):
     if name in known:
         return UserError(f'in {where}: write --{name}=VALUE')
-    initials = [key for key in known if ''.join(word[0] for word in key.split('_')) == name]  # lr, bs
-    near = (initials or difflib.get_close_matches(name, known, n=1))[:1]
+    shortened = [key for key in known if key.startswith(name) or ''.join(word[0] for word in key.split('_')) == name]
+    near = (shortened or difflib.get_close_matches(name, known, n=1, cutoff=0.7))[:1]
     hint = f'the nearest known one is {near[0]!r} (--help lists them all)' if near else '--help lists all keys'
     return UserError(f'unknown key {name!r} in {where}; {hint}')
 
@@ -221,6 +222,8 @@ def configure(argv, *classes, **options):
 def run(main):
     """Runs a script's `main(argv)`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exits with 130."""
     name = os.path.basename(sys.argv[0])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no Unicode
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:

@@ -1,6 +1,7 @@
 """
 Refinement made visible: in the terminal, as a page that plays it, and a repair as a coloured diff.
 """
+import codecs
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from rich.text import Text
 from nanodrift.options import UserError
 
 OPEN = '·'
+CONTINUATION = bytes(range(0x80, 0xC0))  # of a character that began before
 SECONDS_PER_FRAME, SECONDS_AT_MOST = 0.15, 20
 OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
 
@@ -34,10 +36,29 @@ class Recording:
             ids, confidence = step.ids[0].tolist(), step.confidence[0].tolist()
             recording = recording or cls([], [i != mask for i in ids], [])
             ever |= set(step.revised[0].nonzero().flatten().tolist())
-            recording.frames.append([(None if i == mask else tokenizer.decode([i]), round(c, 4), n in ever)
-                                     for n, (i, c) in enumerate(zip(ids, confidence))])
+            texts = [None if i == mask else tokenizer.decode_bytes([i]) for i in ids]
+            recording.frames.append([(text, round(c, 4), n in ever)
+                                     for n, (text, c) in enumerate(zip(characters(texts), confidence))])
             recording.passes.append(int(step.passes[0]))
         return recording
+
+
+def characters(tokens):
+    """The text of each token, given as bytes, None where it is open. A character of several tokens stands at its last one;
+    while one of them is open, it is not shown."""
+    decoder, texts, cut = codecs.getincrementaldecoder('utf-8')('replace'), [], False
+    for token in tokens:
+        if token is None:
+            decoder.reset()
+            texts.append(None)
+            cut = True
+            continue
+        rest = token.lstrip(CONTINUATION) if cut else token
+        cut = cut and not rest
+        texts.append(decoder.decode(rest))
+    if texts and texts[-1] is not None:
+        texts[-1] += decoder.decode(b'', final=True)
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from nanodrift.metrics import over_chunks, perplexity, predictions
 FOLDS = 5
 MAUVE_SEEDS, MAUVE_SCALE, MAUVE_POINTS = 5, 5.0, 100
 SAMPLES_PER_CLUSTER = 10
+MAUVE_SAMPLES = 50  # with fewer there is none: it would rank n-grams above real text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +93,9 @@ def describe(samples, judged, seed=0):
     """{name: number} of samples (N, T), compared with the real text of a Judged."""
     features, loss = judged.of(samples)
     numbers = {'classifier': classifier_accuracy(features, judged.features, seed),
-               'mauve': mauve(features, judged.features, seed), 'judge_perplexity': perplexity(loss)}
+               'judge_perplexity': perplexity(loss)}
+    if len(samples) >= MAUVE_SAMPLES:
+        numbers['mauve'] = mauve(features, judged.features, seed)
     numbers |= {f'js_{n}': ngrams.divergence(samples, judged.reference, n) for n in (1, 2, 3, 4)}
     numbers |= {'entropy': ngrams.entropy(samples), 'repetition': ngrams.repetition(samples)}
     return numbers | {f'distinct_{n}': ngrams.distinct(samples, n) for n in (1, 2, 3)}

@@ -101,10 +101,10 @@ class Moment:
     u: torch.Tensor
 
 
-def refine(trunk, head, ids, mask, config, rng=None, use_cache=True):
+def refine(trunk, head, ids, mask, config, rng=None, use_cache=True, barred=None):
     """Fills every [MASK] of ids (B, T), in inference mode. Yields a Step after each step; the last one has no [MASK] left.
-    For trunk and head see Canvas; `rng` is on the device of ids."""
-    steps = _refine(trunk, head, ids, mask, config, rng, use_cache)
+    For trunk, head and barred see Canvas; `rng` is on the device of ids."""
+    steps = _refine(Canvas(trunk, head, ids, mask, use_cache, barred), config, rng)
     while True:
         with torch.inference_mode():
             step = next(steps, None)
@@ -113,8 +113,8 @@ def refine(trunk, head, ids, mask, config, rng=None, use_cache=True):
         yield step
 
 
-def _refine(trunk, head, ids, mask, config, rng, use_cache):
-    canvas = Canvas(trunk, head, ids, mask, use_cache)
+def _refine(canvas, config, rng):
+    mask = canvas.mask
     blocks = list(split_blocks(canvas.free, config.block_length))
     whole, more = divmod(config.max_steps, max(1, len(blocks)))
     for i, block in enumerate(blocks):
@@ -167,9 +167,11 @@ class Canvas:
     """Token ids (B, T) under refinement, `mask` at open positions. Tokens that are given at the start never change.
 
     trunk: ids (B, T) -> hidden states (B, T, C); head: hidden states (N, C) -> logits (N, V+1), the last one of [MASK].
-    A row that has not changed since its last forward pass is not run again."""
+    barred: an id and the positions (B, T) where it is never drawn. A row that has not changed since its last forward pass
+    is not run again."""
 
-    def __init__(self, trunk, head, ids, mask, use_cache=True):
+    def __init__(self, trunk, head, ids, mask, use_cache=True, barred=None):
+        self.barred = barred
         self.trunk, self.head, self.ids, self.mask, self.use_cache = trunk, head, ids.clone(), mask, use_cache
         self.free = ids == mask
         self.confidence = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
@@ -218,8 +220,11 @@ class Canvas:
         model's probability without temperature; the score is `score` of the probabilities (n, V) and confidences (n,).
         [MASK] is excluded unless columns = V+1."""
         chunks = []
-        for logits in self.logits(where):
+        never = [] if self.barred is None else self.barred[1][where].split(rows_per_chunk(self.mask + 1))
+        for number, logits in enumerate(self.logits(where)):
             logits = logits[:, :columns or self.mask]
+            if self.barred is not None:
+                logits[never[number], self.barred[0]] = -math.inf
             ids = gumbel_draw(logits, config.temperature, config.top_k, config.top_p, rng)
             p = logits.softmax(-1)
             confidence = p.gather(1, ids[:, None]).squeeze(1)

@@ -85,11 +85,11 @@ def with_seconds(entries, per_iter):
 # numbers
 
 def spread_of(values):
-    """Mean and standard deviation over seeds, of those that are numbers; None where there is none."""
+    """Mean and standard deviation over seeds, of those that are numbers; None where there is none. One has no deviation."""
     values = [v for v in values if v is not None and math.isfinite(v)]
     if not values:
         return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def numbers_of(run):
@@ -104,8 +104,10 @@ def numbers_of(run):
 
 
 def classifier_stderr(p, n):
-    """The standard error of a classifier's accuracy p on n samples and as many texts."""
-    return math.sqrt(p * (1 - p) / (2 * n))
+    """The standard error of a classifier's accuracy p on n samples and as many texts, not 0 where all are right (Agresti
+    and Coull 1998)."""
+    p = (2 * n * p + 2) / (2 * n + 4)
+    return math.sqrt(p * (1 - p) / (2 * n + 4))
 
 
 def row_of(name, runs):

@@ -64,9 +64,13 @@ def calls(monkeypatch):
     def call(config, arguments):
         given.append(arguments)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        assert train.main(arguments) == 0
+        try:
+            assert train.main(arguments) == 0
+        except train.Diverged:
+            return False
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        return True
     monkeypatch.setattr(compare, 'call', call)
     return given
 
@@ -90,12 +94,15 @@ def test_a_report_of_several_types(place, words, calls):
     found = results(folder)
     rows = {row['variant']: row for row in found['rows']}
     assert list(rows) == ['gpt2', 'diffusion', 'drifting'] and 'real text' in found['others']
-    assert rows['gpt2']['likelihood']['loss'][1] == 0 and rows['diffusion']['bound']
+    assert rows['gpt2']['likelihood']['loss'][1] is None and rows['diffusion']['bound']
     assert rows['diffusion']['likelihood']['stderr'][0] > 0 and rows['drifting']['likelihood']['loss'] is None
     quality = rows['drifting']['quality']
-    assert quality['nfe'] == [1, 0] and all(pair is not None for pair in quality.values())
+    assert quality['nfe'] == [1, None]
+    assert [name for name, pair in quality.items() if pair is None] == ['mauve']  # of 20 samples there is none
     p = quality['classifier'][0]
-    assert quality['classifier_stderr'][0] == pytest.approx((p * (1 - p) / 40) ** 0.5)
+    p = (40 * p + 2) / 44
+    assert quality['classifier_stderr'][0] == pytest.approx((p * (1 - p) / 44) ** 0.5)
+    assert report.classifier_stderr(1.0, 10) > 0  # ten of ten are no certainty
     assert all(title in page for title in (*report.LIKELIHOOD.values(), 'MAUVE', 'JS 4', 'distinct 3', 'repeated'))
     facts = found['facts']
     assert '--variants=gpt2,diffusion,drifting' in facts['command'] and facts['device'] == 'cpu' and facts['threads'] == 1
@@ -215,7 +222,7 @@ def judged(place, words):
     """The folder of a finished comparison with a judge."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, 'call', lambda config, arguments: train.main(arguments))
+        patch.setattr(compare, 'call', lambda config, arguments: train.main(arguments) == 0)
         compare.main(words('judged', '--variants=gpt2', '--seeds=1'))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -345,3 +352,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, words, calls):
     with pytest.raises(UserError, match='out_dir='):
         compare.main(words('text.txt'))
     assert not calls
+
+
+def test_a_variant_that_diverges_is_left_out_and_the_others_go_on(place, words, calls, monkeypatch):
+    real = compare.call
+
+    def call(config, arguments):
+        if not any('heat_seed1' in word for word in arguments):
+            return real(config, arguments)
+        return False
+    monkeypatch.setattr(compare, 'call', call)
+    compare.main(words('diverging', '--variants=gpt2,heat', '--seeds=1', '--samples=0'))
+    found = results(place / 'diverging')
+    assert [row['variant'] for row in found['rows']] == ['gpt2'] and found['facts']['diverged, left out'] == 'heat, seed 1'
+    with pytest.raises(UserError, match='all runs diverged'):
+        compare.main(words('nothing', '--variants=heat', '--seeds=1', '--samples=0'))

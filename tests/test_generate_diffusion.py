@@ -38,7 +38,8 @@ def recording_in(path):
 def go(out_dir, capsys):
     """go(*args) -> stdout, stderr of generate_diffusion.py."""
     def start(*args):
-        generate_diffusion.main([f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=20', '--max_steps=6', *args])
+        length = [] if any(arg.startswith(('--template', '--repair')) for arg in args) else ['--max_new_tokens=20']
+        generate_diffusion.main([f'--out_dir={out_dir}', '--device=cpu', *length, '--max_steps=6', *args])
         return capsys.readouterr()
     return start
 
@@ -136,7 +137,7 @@ def test_the_diff_is_coloured_where_there_are_colours():
 def test_text_ends_at_end_of_text(go, monkeypatch):
     ends = [*b'abXY', 256, *b'Z']
 
-    def steps(model, canvas, count, refine_config, seed):
+    def steps(*_):
         nothing = torch.zeros(1, 6)
         for ids in ([257] * 6, ends):
             yield Step(torch.tensor([ids]), nothing, nothing.bool(), torch.zeros(1, dtype=torch.long))
@@ -294,3 +295,53 @@ def test_the_page_plays_in_a_real_browser(tmp_path):
     assert 'step 1 of 3, 1 forward passes' in done.stdout
     history = re.search(r'id="history">([^<]*)<', done.stdout)[1].splitlines()
     assert history[0] == 'position 4' and [line.split()[2] for line in history[1:]] == ['[MASK]', '"&lt;"', '[MASK]', '"e"']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# characters of several tokens, end-of-text inside a text, options without effect
+
+def test_characters_of_several_tokens_are_shown_whole():
+    word = 'ß日'.encode()
+    tokens = [bytes([b]) for b in word]
+    assert player.characters(tokens) == ['', 'ß', '', '', '日']
+    assert ''.join(filter(None, player.characters([None, *tokens[1:3], None, tokens[4]]))) == ''
+    assert player.characters([b'a', b'\xff', b'b', b'\xe6']) == ['a', '\ufffd', 'b', '\ufffd']
+    assert player.characters([None, b'\x97', b'\xa5', b'x']) == [None, '', '', 'x']
+
+
+def test_the_page_and_stdout_agree_on_characters(go, tmp_path):
+    said = go('--template=Größe 日本 [MASK:8] é', f'--html={tmp_path}/p.html').out
+    final = recording_in(tmp_path / 'p.html')['frames'][-1]
+    assert ''.join(text for text, *_ in final) == said.rstrip('\n')
+
+
+@pytest.mark.parametrize('kind', ['template', 'repair'])
+def test_end_of_text_is_never_written_into_a_text(go, out_dir, tmp_path, monkeypatch, kind):
+    """Of a model that would write nothing else."""
+    def eager(*args):
+        model = load_model(*args)
+        with torch.no_grad():
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.fill_(1)
+            model.transformer.wte.weight[256] = 100
+        return model
+    monkeypatch.setattr(generate_diffusion, 'load_model', eager)
+    monkeypatch.setattr(generate_diffusion, 'flagged_tokens', lambda model, ids, threshold: ids == ord('x'))
+    (tmp_path / 'a.txt').write_text('abxcd\nabx')
+    said = go('--template=ab____cd') if kind == 'template' else go(f'--repair={tmp_path}/a.txt')
+    assert '<|endoftext|>' not in said.out
+    assert '<|endoftext|>' in go('--template=ab____').out  # a text may end where nothing is given any more
+
+
+def test_options_without_effect_are_refused_and_more_steps_are_said(go):
+    for words in (['--template=a___', '--ignore_eot'], ['--repair=a.txt', '--max_new_tokens=3'],
+                  ['--repair=a.txt', '--animate']):
+        with pytest.raises(UserError, match='no meaning for'):
+            go(*words)
+    assert '--block_length=4 took more than --max_steps=2' in go('--max_steps=2', '--block_length=4').err
+    assert 'took more' not in go('--max_steps=5', '--block_length=4').err
+
+
+def test_no_cursor_moves_in_a_pipe(go, monkeypatch):
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    assert '\x1b[' not in go('--start=a', '--animate').out
