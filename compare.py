@@ -262,7 +262,8 @@ def call(config, words):
 
 
 def iterations(config, planned, measure=False):
-    """How many iterations the budget gives to a run; None where its speed is not known yet, unless it is to `measure` it.
+    """How many iterations the budget gives to a run, 0 where measuring its speed showed that it diverges; None where the
+    speed is not known yet, unless it is to `measure` it.
     A variant's speed is measured once, so that all of its seeds train for as long."""
     if not config.seconds:
         return max(1, round(config.tokens / planned.tokens_per_iter))
@@ -275,7 +276,7 @@ def iterations(config, planned, measure=False):
         if not measure:
             return None
         if not call(config, words):
-            return TRIAL  # it has no speed, and will not come further
+            return 0
     speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
     return max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
@@ -291,6 +292,8 @@ def check_same_runs(config, runs):
 def train_one(config, planned):
     """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it, None if it diverged."""
     max_iters = iterations(config, planned, measure=True)
+    if max_iters == 0:
+        return None
     words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
     check_same_settings(planned.folder, state, words)
     if not finished(planned.folder, state, max_iters):

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanodrift import checkpoint, drifting, huggingface, kernels, objectives
-from nanodrift.context import KVCache
 from nanodrift.kernels import Linear, padded_vocab_size
+from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError, check_options, from_stored, option
 from nanodrift.refinement import RefineConfig, check_defined, refine
 from nanodrift.rotary import RotaryEmbedding, local_attention_biases, rotary_rates
@@ -147,20 +147,20 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.ends_residual = True  # read by GPT._init_weights
 
-    def forward(self, x, context=None):
-        """x (B, T, C) -> (B, T, C). context: what is attended to besides x, a KVCache or Streams of nanodrift/context.py."""
+    def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). cache: a KVCache of earlier positions, in generation."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        y = self.attend(q, k, v, context)
+        y = self.attend(q, k, v, cache)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def attend(self, q, k, v, context=None, scale=None):
+    def attend(self, q, k, v, cache=None, scale=None):
         """q, k, v (B, H, T, D) -> (B, H, T, D): each position attends to itself and to what comes before it. scale: factor
         of the scores, None for 1 / sqrt(D)."""
         sdpa = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0, scale=scale)
-        if context is not None:
-            return context.attend(sdpa, self.layer, q, k, v)
+        if cache is not None:
+            return cache.attend(sdpa, self.layer, q, k, v)
         return sdpa(q, k, v, is_causal=self.causal)
 
 
@@ -187,8 +187,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, context=None):
-        x = x + self.attn(self.ln_1(x), context)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -252,15 +252,15 @@ class GPT(nn.Module):
             return logits, self.objective.loss(logits, targets, weights)
         return None, self.objective.head_loss(x, self.lm_head.weight, n_logits, targets, weights)
 
-    def trunk(self, idx, context=None):
+    def trunk(self, idx, cache=None):
         """Token ids (B, T) -> hidden states (B, T, C) after the final norm."""
-        T = idx.size(1)
-        assert context is not None or T <= self.config.block_size, f'{T} tokens do not fit {self.config.block_size}'
-        positions = self.transformer.wpe.weight[:T] if context is None else self.transformer.wpe(context.positions)
+        T, end = idx.size(1), idx.size(1) if cache is None else cache.end
+        assert end <= self.config.block_size, f'{end} tokens do not fit block_size {self.config.block_size}'
+        positions = self.transformer.wpe.weight[:T] if cache is None else self.transformer.wpe(cache.positions)
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block in self.layers:
             # block.forward bypasses torch.compile, which would recompile for every cache length
-            x = block.forward(x, context) if isinstance(context, KVCache) else block(x, context)
+            x = block(x) if cache is None else block.forward(x, cache)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -350,9 +350,9 @@ class DriftDiffusionAttention(Attention):
         if config.apply_diffusion and config.published:
             self.diffusion_param = nn.Parameter(torch.full((H, D), config.diffusion_std))
 
-    def attend(self, q, k, v, context=None):
+    def attend(self, q, k, v, cache=None):
         c = self.config
-        y = super().attend(q, k, v, context).transpose(1, 2)  # (B, T, H, D)
+        y = super().attend(q, k, v, cache).transpose(1, 2)  # (B, T, H, D)
         if c.apply_drift and c.published:
             y = y + self.drift_param.sigmoid() * (y - self.baseline if c.baseline_each_head else y)
         elif c.apply_drift:
@@ -372,9 +372,9 @@ class HeatAttention(Attention):
         super().__init__(config, layer)
         self.time = DiffusionTime(config) if config.heat_t == 'adaptive' else None
 
-    def attend(self, q, k, v, context=None):
-        if context is not None:
-            return context.attend(self.heat_kernel, self.layer, q, k, v)
+    def attend(self, q, k, v, cache=None):
+        if cache is not None:
+            return cache.attend(self.heat_kernel, self.layer, q, k, v)
         return self.heat_kernel(q, k, v, is_causal=self.causal)
 
     def heat_kernel(self, q, k, v, attn_mask=None, is_causal=False):
@@ -459,9 +459,9 @@ class RotatingAttention(Attention):
             rates = torch.logspace(0, -1, config.n_head)[:, None] * rotary_rates(config)  # heads from 1 to 0.1
         self.rope = RotaryEmbedding(rates, config.block_size, persistent=True, use_norm=config.use_norm)
 
-    def attend(self, q, k, v, context=None):
-        q, k = self.rope(q, k, None if context is None else context.positions)
-        return super().attend(q, k, v, context)
+    def attend(self, q, k, v, cache=None):
+        q, k = self.rope(q, k, None if cache is None else cache.positions)
+        return super().attend(q, k, v, cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,8 +474,8 @@ class Pair(nn.Module):
         super().__init__()
         self.left, self.right, self.merge, self.bottleneck = left, right, config.parallel_merge, bottleneck
 
-    def forward(self, x, context=None):
-        left, right = self.left(x, context), self.right(x, context)
+    def forward(self, x, cache=None):
+        left, right = self.left(x, cache), self.right(x, cache)
         if self.merge == 'mean':
             return (left + right) / 2
         if self.merge == 'add':
@@ -540,10 +540,10 @@ class DuoAttention(Attention):
 
 class DuoBlock(Block):
 
-    def forward(self, x, context=None, ahead=None):
+    def forward(self, x, cache=None, ahead=None):
         """`ahead` (B, T-1, C): the embeddings that masks look ahead to, where x holds masks too."""
         if ahead is None:
-            return super().forward(x, context)
+            return super().forward(x, cache)
         x = x + self.attn.two_streams(self.ln_1(x), self.ln_1(ahead))
         return x + self.mlp(self.ln_2(x))
 
@@ -555,11 +555,11 @@ class DuoGPT(GPT):
         fill = targets is not None and targets.size(1) > idx.size(1)
         return super().forward(idx, targets, weights, return_logits, fill=fill)
 
-    def trunk(self, idx, context=None, fill=False):
+    def trunk(self, idx, cache=None, fill=False):
         """As for gpt2; with `fill` the hidden states of the masks come behind those of the tokens, (B, T + T-1, C)."""
         T = idx.size(1)
         if not fill or T == 1:
-            return super().trunk(idx, context)
+            return super().trunk(idx, cache)
         positions = self.transformer.wpe.weight[:T]
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         masks = (self.transformer.wte.weight[self.config.vocab_size] + positions[:-1]).expand(len(x), -1, -1)

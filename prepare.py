@@ -224,8 +224,8 @@ def check_arguments(cfg, datasets):
         raise UserError(f"give either one data set ({', '.join(DATASETS)}) or --input=PATH --name=NAME")
     for dataset in datasets:
         one_of('dataset', dataset, DATASETS)
-        if cfg.name or cfg.val_input:
-            raise UserError(f'--name and --val_input go with --input, not with {dataset}')
+        if cfg.name or cfg.val_input or cfg.text_key:
+            raise UserError(f'--name, --val_input and --text_key go with --input, not with {dataset}')
     if cfg.input and not re.fullmatch(r'[^./\\:\s][^/\\:\s]*', cfg.name):
         raise UserError(f'--input needs --name=NAME without separators or spaces, and not starting in a dot; got '
                         f'{cfg.name!r}')

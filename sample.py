@@ -44,7 +44,7 @@ class SampleConfig:
                           at_most=1)
     draft: str = option('none', 'guess several tokens per forward pass, which does not change what is drawn: ngram guesses '
                         'that the text repeats itself', ('none', 'ngram'))
-    draft_tokens: int = option(4, 'guesses per forward pass', at_least=1)
+    draft_tokens: int = option(4, 'guesses per forward pass', at_least=1, needs={'draft': 'ngram'})
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed and num_samples give the same samples on the same machine', at_least=0,
                        below=2 ** 63)
@@ -171,6 +171,8 @@ def main(argv):
     if model.config.model_type == 'drifting':
         check_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)
+    if config.draft != 'none' and not model.config.causal:
+        raise UserError('a model that sees the future (--published=True) cannot check drafts: leave --draft out')
     if 'start' not in values and tokenizer.name == 'char' and '\n' not in tokenizer.characters:
         config.start = ''  # the default is a newline
     text = read_prompt(config.start)
@@ -189,7 +191,7 @@ def main(argv):
         else:
             tokens, passes = print_samples(text, tokenizer, model, prompt, config)
     seconds = time.perf_counter() - started
-    drafted = f', {tokens / passes:.2f} tokens per forward pass' if config.draft != 'none' else ''
+    drafted = f', {tokens / max(passes, 1):.2f} tokens per forward pass' if config.draft != 'none' else ''
     print(f'{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s{drafted}', file=sys.stderr)
 
 

@@ -95,10 +95,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
-        data_dir, name = os.path.split(self.dataset)
-        if data_dir or not name:
-            raise UserError(f'dataset={self.dataset!r} is not a name, which has no separators: --data_dir={data_dir} '
-                            f'--dataset={name or "NAME"}')
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise UserError(f'min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}: lower --min_lr')
         warmups = [n for n in ('warmup_iters', 'warmup_ratio', 'warmup_epochs') if getattr(self, n)]
@@ -239,7 +235,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             return
         raise Diverged(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
-                         f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
+                       f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
 
     def _checkpoint_and_evaluate(self):
         """Saves before evaluating, so that a failing evaluation loses nothing; saves again when the loss is the best so
@@ -255,7 +251,7 @@ class Trainer:
         if not math.isfinite(val[metric]):
             happened = checkpoint.fall_back(self.config.out_dir) if self.ranks.first and keep else 'stopped'
             raise Diverged(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; '
-                             'try a lower --learning_rate')
+                           'try a lower --learning_rate')
         self.evaluated_iter = self.iter_num
         if keep and val[metric] < self.best_val_loss:
             self.best_val_loss = val[metric]

@@ -43,6 +43,7 @@ HUB = {     # dataset: repository and configuration on the Hugging Face hub, wit
 DATASETS = ('python', *HUB, 'shakespeare')  # that prepare.py knows by name
 OFFLINE = '`python prepare.py python` and --input=PATH work offline'
 
+LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 # An article's title in WikiText is ` = Title = `; its sections are ` = = Section = = ` and deeper.
 WIKITEXT_TITLE = re.compile(r' = (?!= ).* = \n?')
 
@@ -145,10 +146,8 @@ def rows_to_documents(rows, path, left_out):
 
 
 def is_unicode(text):
-    try:
-        return isinstance(text, str) and text.encode('utf-8') is not None
-    except UnicodeEncodeError:
-        return False
+    """Whether this is text, and not null or a string with a lone surrogate."""
+    return text is not None and not LONE_SURROGATE.search(text)
 
 
 def rows_to_articles(rows):

@@ -160,6 +160,10 @@ def load_meta(folder):
         there = sorted(os.path.basename(os.path.dirname(path)) for path in
                        glob.glob(os.path.join(glob.escape(data_dir), '[!.]*', 'meta.json')))
         state = 'is incomplete' if os.path.isdir(folder) else 'does not exist'
+        above = os.path.join(os.path.dirname(data_dir), name)
+        if not there and os.path.isfile(os.path.join(above, 'meta.json')):
+            raise UserError(f'the data set {folder} {state}, {os.path.relpath(above)} does: --dataset={name} is a name '
+                            'below --data_dir, not a path')
         raise UserError(f'the data set {folder} {state}: run `{prepare_command(name)}` first; '
                         f'prepared so far: {", ".join(there) or "none"}')
     return meta

@@ -3,44 +3,35 @@ Lossless drafting: several tokens of a causal model in one forward pass.
 
 A drafter guesses the next tokens, the model reads all of them in one pass, and `verify` keeps as many as its own
 distribution allows: speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). The text has
-exactly the distribution of plain sampling, whatever the drafter guesses; a good one only makes it faster.
-
-NgramDrafter   what followed the last occurrence of the last few tokens (prompt lookup); needs no training
-OwnDrafter     the model's own guesses at masked positions, trained with --draft_block (TiDAR, arXiv 2511.08923)
+exactly the distribution of plain sampling, whatever the drafter guesses; a good one only makes it faster. NgramDrafter
+guesses what followed the last occurrence of the last few tokens (prompt lookup), which needs no training.
 """
 import torch
 
 from nanodrift import kernels
-from nanodrift.context import KVCache
 from nanodrift.data import derive_seed
+from nanodrift.kv_cache import KVCache
 from nanodrift.sampling import distribution
 
 LONGEST_NGRAM = 4  # tokens that are looked up; then one less, and so on
 
 
-def verify(p, drafts, counts, q=None, rng=None):
+def verify(p, drafts, counts, rng=None):
     """
     -> accepted (B,) and the token after the accepted ones (B,).
 
-    p (B, K+1, V): the model's distribution after each of the K drafts (B, K) and before the first. counts (B,): how many
-    drafts a row really has. q (B, K, V): the distribution that each draft was drawn from; None where it was certain.
-    A draft d is accepted with probability min(1, p(d) / q(d)). At the first that is not, the token is drawn from the
-    positive part of p - q; after the last, from p.
+    p (B, K+1, V): the model's distribution before the first of the K drafts (B, K), and after each of them. counts (B,): how
+    many drafts a row really has. A draft d is accepted with probability p(d). At the first that is not, the token is drawn
+    from p without d; after the last, from p. That is equation 1 of arXiv 2302.01318 for a drafter that is certain.
     """
     B, K = drafts.shape
     rows = torch.arange(B, device=p.device)
-    p_draft = p[:, :K].gather(2, drafts[..., None]).squeeze(2)
-    q_draft = torch.ones_like(p_draft) if q is None else q.gather(2, drafts[..., None]).squeeze(2)
     u = torch.rand(B, K, generator=rng, device=p.device)
     there = torch.arange(K, device=p.device) < counts[:, None]
-    accepted = ((u * q_draft < p_draft) & there).long().cumprod(1).sum(1)
-    p_next = p[rows, accepted]
-    if K == 0:
-        return accepted, torch.multinomial(p_next, 1, generator=rng).squeeze(1)
-    at, refused = accepted.clamp(max=K - 1), (accepted < counts)[:, None]
-    minus = torch.zeros_like(p_next).scatter_(1, drafts[rows, at][:, None], 1.0) if q is None else q[rows, at]
-    left = (p_next - minus).clamp(min=0)
-    p_next = torch.where(refused & (left.sum(1, keepdim=True) > 0), left, p_next)
+    accepted = ((u < p[:, :K].gather(2, drafts[..., None]).squeeze(2)) & there).long().cumprod(1).sum(1)
+    p_next = p[rows, accepted]  # a copy
+    refused = (accepted < counts).nonzero().squeeze(1)
+    p_next[refused, drafts[refused, accepted[refused]]] = 0
     return accepted, torch.multinomial(p_next, 1, generator=rng).squeeze(1)
 
 
@@ -80,12 +71,12 @@ def generate(model, idx, max_new_tokens, draft_tokens, temperature=1.0, top_k=No
     block_size, rng = model.config.block_size, None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     texts, left = idx[:, -block_size:].tolist(), [max_new_tokens] * len(idx)
     drafter = NgramDrafter(texts, draft_tokens)
-    cache = KVCache(model, len(texts), min(block_size, len(texts[0]) + max_new_tokens) + draft_tokens)
+    cache = KVCache(model, len(texts), min(block_size, len(texts[0]) + max_new_tokens + draft_tokens))
     packed = kernels.pack_weights(model, rows=len(texts) * (1 + draft_tokens))
     fresh = len(texts[0])  # tokens of each row that are not in the cache yet: first the prompt, then one
     while rows := [i for i, text in enumerate(texts) if left[i] and len(text) <= block_size]:
-        room = [min(left[i] - 1, block_size - len(texts[i])) for i in rows]
-        drafts = [draft[:most] for draft, most in zip(drafter.draft(rows), room)]
+        room = block_size - max(len(texts[i]) for i in rows)  # shorter drafts are padded to the longest
+        drafts = [draft[:min(room, left[i] - 1)] for i, draft in zip(rows, drafter.draft(rows))]
         with torch.inference_mode(), kernels.packed_weights(packed):
             tokens = one_pass(model, cache, rows, [texts[i][-fresh:] for i in rows], drafts, rng,
                               temperature=temperature, top_k=top_k, top_p=top_p)

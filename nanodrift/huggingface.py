@@ -71,14 +71,14 @@ def read_tokenizer(name, vocab_size):
     """The tokenizer that lies beside weights in Hugging Face's format, as one of ours; GPT-2's where there is none and the
     size is right, None where it is not. Raises UserError where it is not byte-level BPE with end-of-text behind the ids of
     text, the form that GPT-2's has."""
-    if path := _fetch(name, 'tokenizer.json'):
+    if path := _fetch(name, 'tokenizer.json', optional=True):
         content = _read_json(path)
         model = content.get('model') or {}
         added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
         vocab, merges = model.get('vocab'), [' '.join(m) if isinstance(m, list) else m for m in model.get('merges') or []]
         before = json.dumps(content.get('pre_tokenizer'))
         usual = content.get('normalizer') is None and '"ByteLevel"' in before and '"add_prefix_space": true' not in before
-    elif (path := _fetch(name, 'vocab.json')) and (merges := _fetch(name, 'merges.txt')):
+    elif (path := _fetch(name, 'vocab.json', optional=True)) and (merges := _fetch(name, 'merges.txt', optional=True)):
         vocab, added, usual = _read_json(path), {}, True
         with open(merges, encoding='utf-8') as f:
             merges = [line.rstrip('\n') for line in f if line.strip() and not line.startswith('#version')]
@@ -129,9 +129,9 @@ def check_complete(state):
                         f'--init_from=hf:FOLDER --model_type={kind}{published}')
 
 
-def _fetch(name, filename):
+def _fetch(name, filename, optional=False):
     """Path of a file of a local folder or of a Hub repository (OWNER/NAME, maybe with a folder in it); None if there is no
-    such file."""
+    such file, or if it is `optional` and cannot be had without a network."""
     if os.path.isdir(name):
         path = os.path.join(name, filename)
         return path if os.path.isfile(path) else None
@@ -144,6 +144,8 @@ def _fetch(name, filename):
     try:
         return hf_hub_download(repository, '/'.join([*inside, filename]), local_files_only=not hub_is_reachable())
     except LocalEntryNotFoundError:
+        if optional:
+            return None
         raise UserError(f'hf:{name} is neither a local folder nor can it be downloaded now; on a machine with a network '
                         f'get its config.json and model.safetensors and use --init_from=hf:FOLDER') from None
     except EntryNotFoundError:

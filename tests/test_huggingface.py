@@ -316,3 +316,17 @@ def test_weights_with_the_head_alone_and_in_several_files(tmp_path):
 def test_a_missing_folder_is_no_name_on_the_hub(name):
     with pytest.raises(UserError, match='no such folder'):
         huggingface.open_run(f'hf:{name}')
+
+
+def test_cached_weights_without_their_tokenizer_still_load_offline(monkeypatch):
+    """GPT-2 in the cache of the hub, from before tokenizers were read."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def missing(*_, **__):
+        raise LocalEntryNotFoundError('no network')
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', missing)
+    monkeypatch.setattr(huggingface, 'hub_is_reachable', lambda: False)
+    assert huggingface.read_tokenizer('owner/model', 50257).name == 'gpt2'
+    assert huggingface.read_tokenizer('owner/model', 99) is None
+    with pytest.raises(UserError, match='neither a local folder'):
+        huggingface.open_run('hf:owner/model')

@@ -13,8 +13,8 @@ from test_rotary import rotate_in_a_loop
 
 import train
 from model import GPT, TYPES, GPTConfig
-from nanodrift.context import KVCache
 from nanodrift.kernels import score_pieces
+from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError
 
 VARIANTS = {  # every causal one, each option off its default at least once

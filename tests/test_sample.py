@@ -129,3 +129,13 @@ def test_the_default_prompt_needs_no_newline_in_the_vocabulary(tmp_path, capsys)
     assert set(done.stdout.strip()) <= set('ACGT')
     wrong = run_script('sample.py', f'--out_dir={tmp_path}/out', '--start=x', check=False)
     assert wrong.returncode == 2 and 'no id' in wrong.stderr
+
+
+def test_drafts_of_what_cannot_check_them_are_refused(tmp_path, data_dir, out_dir):
+    settings = TINY | {'data_dir': data_dir, 'dataset': 'tiny_byte', 'max_iters': 2, 'out_dir': str(tmp_path / 'out'),
+                       'model_type': 'heat', 'heat_t': 'adaptive', 'published': True}
+    main([f'--{key}={value}' for key, value in settings.items()])
+    done = run_script('sample.py', f'--out_dir={tmp_path}/out', '--draft=ngram', check=False)
+    assert done.returncode == 2 and 'sees the future' in done.stderr
+    done = run_script('sample.py', f'--out_dir={out_dir}', '--draft_tokens=3', check=False)
+    assert done.returncode == 2 and 'draft=ngram' in done.stderr

@@ -762,7 +762,7 @@ def test_a_resumed_run_may_change_its_dropout(tiny):
     assert metrics(config.out_dir)[-1]['iter'] == 8
 
 
-@pytest.mark.parametrize('dataset, hint', [('data/a_byte', '--data_dir=data --dataset=a_byte'), ('data/', '--dataset=NAME')])
-def test_a_data_set_is_a_name(dataset, hint):
-    with pytest.raises(UserError, match=hint):
-        train.TrainConfig(dataset=dataset)
+def test_a_path_in_place_of_a_data_sets_name(tiny, data_dir):
+    folder = os.path.basename(data_dir)
+    with pytest.raises(UserError, match='--dataset=tiny_byte is a name below --data_dir'):
+        train.train(*tiny(dataset=f'{folder}/tiny_byte'))
