@@ -171,6 +171,7 @@ def draw_samples(entry, config, draw_config, first_tokens, ranks):
         seed = derive_seed(config.seed, Stream.SAMPLES, number)
         if model.config.model_type == 'diffusion':
             canvas = torch.full((len(first), config.length), model.config.vocab_size, device=model.device)
+            canvas[:, :int(model.config.diffusion_shift)] = first  # which is given here too
             *_, step = model.refine(canvas, draw_config, seed)
             batches[number] = step.ids.cpu(), float(step.passes.sum())
         elif model.config.model_type == 'drifting':

@@ -5,13 +5,17 @@ Text out of a masked diffusion checkpoint, by refinement: from nothing, after a 
     python generate_diffusion.py --start="Once upon a time" --strategy=ancestral --remask=flag
     python generate_diffusion.py --template="Once upon a time [MASK:12] the end." --html=refinement.html
     python generate_diffusion.py --repair=story.txt       what the model flags is written anew, shown as a coloured diff
+
+A model with diffusion_block writes text of any length, and shows a single sample block by block.
 """
+import codecs
 import itertools
 import os
 import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -23,11 +27,12 @@ from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
-from nanodrift.refinement import RefineConfig, Step, check_defined
+from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
 from nanodrift.tokenizer import tokenizer_from_meta
 from sample import encode_prompt, read_prompt
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
+LONGEST = 16384  # tokens, where the model's block_size does not say it
 OPEN = re.compile(r'\[MASK(?::(\d+))?\]|_{3,}', re.IGNORECASE)
 
 
@@ -72,14 +77,22 @@ class GenerateConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # the canvas to start from
 
-def parse_template(text, encode, mask, most):
+def room(model_config):
+    """The longest canvas of a model, in tokens, and its name."""
+    if model_config.diffusion_block:
+        return LONGEST, f'{LONGEST:,} tokens'
+    return model_config.block_size, f'block_size={model_config.block_size} of the model'
+
+
+def parse_template(text, encode, model_config):
     """Token ids of text with gaps: what is outside the gaps is encoded as it stands, piece by piece. Raises UserError where
-    a gap is longer than `most` or there is none."""
+    a gap is longer than the model can fill or there is none."""
+    mask, (most, limit) = model_config.vocab_size, room(model_config)
     ids, end = [], 0
     for gap in OPEN.finditer(text):
         count = int(gap[1] or 1) if gap[0].startswith('[') else len(gap[0])
         if not 0 < count <= most:
-            raise UserError(f'{gap[0]} must be at least one token, and at most block_size={most}')
+            raise UserError(f'{gap[0]} must be at least one token, and at most {limit}')
         ids += encode(text[end:gap.start()]) + [mask] * count
         end = gap.end()
     if mask not in ids:
@@ -88,20 +101,29 @@ def parse_template(text, encode, mask, most):
 
 
 def first_canvas(config, tokenizer, model_config):
-    """Token ids (T,) with [MASK] where they are open, of --start or --template."""
-    mask, most = model_config.vocab_size, model_config.block_size
+    """Token ids (T,) with [MASK] where they are open, of --start or --template. With diffusion_shift the first is given, and
+    is end-of-text where the user gives none."""
+    mask, (most, limit) = model_config.vocab_size, room(model_config)
     if config.template:
-        ids = parse_template(read_prompt(config.template), tokenizer.encode, mask, most)
+        ids = parse_template(read_prompt(config.template), tokenizer.encode, model_config)
         if len(ids) > most:
-            raise UserError(f'the {len(ids)} tokens of the template do not fit block_size={most} of the model: shorten it')
+            raise UserError(f'the {len(ids)} tokens of the template do not fit {limit}: shorten it')
     else:
         given = encode_prompt(tokenizer, read_prompt(config.start))
         count = config.max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
         if len(given) + count > most:
-            raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit block_size={most} of the '
-                            'model: lower --max_new_tokens or shorten the prompt')
+            raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit {limit}: lower '
+                            '--max_new_tokens or shorten the prompt')
         ids = given + [mask] * count
-    return torch.tensor(ids)
+    return torch.tensor([tokenizer.eot] * (model_config.diffusion_shift and ids[0] == mask) + ids)
+
+
+def tell_what_is_not_seen(canvas, c):
+    """A line on stderr where a gap stands before given text that the model will not look at."""
+    open_ = (canvas == c.vocab_size).nonzero()
+    if c.diffusion_block and (canvas[int(open_[0]):] != c.vocab_size).any():
+        print(f'this model fills blocks of {c.diffusion_block} tokens from left to right: a gap does not see the text to '
+              'its right, except in its own block', file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,45 +142,96 @@ def refine_batch(model, canvas, count, refine_config, seed, last=False):
     yield from model.refine(idx, refine_config, seed, barred=(mask - 1, inside))  # end-of-text is the last id
 
 
+def settled(ids, c):
+    """How many tokens at the start of ids (B, T) stay as they are, with config.diffusion_block: the blocks before the first
+    that has an open position in some row."""
+    open_ = (ids == c.vocab_size).any(0).nonzero()
+    if not len(open_):
+        return ids.size(1)
+    first = int(open_[0]) - c.diffusion_shift
+    return first - first % c.diffusion_block + c.diffusion_shift
+
+
+def all_ended(ids, c, given, eot):
+    """Whether all samples (B, T) of a model with diffusion_block have an end-of-text, `eot`, behind the given tokens that no
+    step takes back."""
+    return eot is not None and bool(c.diffusion_block and (ids[:, given:settled(ids, c)] == eot).any(1).all())
+
+
+class Writer:
+    """Prints one sample while its blocks are finished, until it ends."""
+
+    def __init__(self, tokenizer, model_config, config, start):
+        self.tokenizer, self.config, self.ignore_eot, self.written = tokenizer, model_config, config.ignore_eot, start
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may end inside a character
+
+    def watch(self, step):
+        end = settled(step.ids, self.config)
+        new = step.ids[0, self.written:end].tolist()
+        if self.tokenizer.eot in new and not self.ignore_eot:
+            new = new[:new.index(self.tokenizer.eot)]
+        print(self.decoder.decode(self.tokenizer.decode_bytes(new)), end='', flush=True)
+        self.written = max(self.written, end)
+
+
 class Tally:
     """Tokens filled in, forward passes of each canvas, and the seconds that they took."""
 
     def __init__(self):
         self.tokens, self.passes, self.seconds = 0, [], 0.0
 
-    def refine(self, model, canvas, count, refine_config, seed, last=True):
-        """-> the Steps of `refine_batch`: the last one, all of them reduced to the first row, how many each committed."""
-        started, mask, recorded, open_before, committed = time.perf_counter(), model.config.vocab_size, [], None, []
+    def refine(self, model, canvas, count, refine_config, seed, last=True, watch=None, ended=lambda ids: False):
+        """-> the last Step of `refine_batch`, and how many tokens each committed. `watch` is called with every Step, the
+        first of them before anything is done; where the samples have `ended`, by their ids, the rest stays open."""
+        started, mask, open_before, committed = time.perf_counter(), model.config.vocab_size, None, []
         for step in refine_batch(model, canvas, count, refine_config, seed, last):
             open_now = int((step.ids == mask).sum())
             if open_before is not None:
                 committed.append(open_before - open_now)
             open_before = open_now
-            first_row = (value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes))
-            recorded.append(Step(*first_row))
+            if watch is not None:
+                watch(step)
+            if ended(step.ids):
+                break
         self.seconds += time.perf_counter() - started
-        self.tokens += count * int((canvas == mask).sum())
+        self.tokens += sum(committed)
         self.passes += step.passes.tolist()
-        return step, recorded, committed
+        return step, committed
 
 
 def generate(model, tokenizer, canvas, config, refine_config, console):
-    """Prints all samples of a canvas (T,); returns the Tally."""
-    tally, totals = Tally(), []
-    given = 0 if config.template else int((canvas != model.config.vocab_size).sum())
+    """Prints all samples of a canvas (T,); returns the Tally. A single sample of a model with diffusion_block is printed
+    while it grows, if nothing is played and no step takes back the blocks before."""
+    c, tally, totals = model.config, Tally(), []
+    given = 0 if config.template else int((canvas != c.vocab_size).sum())
+    lead = int(c.diffusion_shift and canvas[0] == tokenizer.eot)  # what is not the user's
+    eot = None if config.ignore_eot or config.template else tokenizer.eot
+    plays = config.animate or config.html
+    grows = c.diffusion_block and config.num_samples == 1 and not plays and not REMASKS[refine_config.remask].compensated
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
-        count = min(SAMPLES_AT_ONCE, config.num_samples - first)
-        last, recorded, committed = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first))
+        count, recorded = min(SAMPLES_AT_ONCE, config.num_samples - first), []
+        if grows:
+            watch = Writer(tokenizer, c, config, lead).watch
+        else:
+            watch = partial(record, recorded) if plays and first == 0 else None
+        last, committed = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first), watch=watch,
+                                       ended=partial(all_ended, c=c, given=given, eot=eot))
         totals = [sum(pair) for pair in itertools.zip_longest(totals, committed, fillvalue=0)]
-        if first == 0 and (config.animate or config.html):
-            show(player.Recording.of(recorded, tokenizer, model.config.vocab_size), config, console)
-        for row in last.ids.tolist():
-            if not config.ignore_eot and not config.template and tokenizer.eot in row[given:]:
-                row = row[:given + row[given:].index(tokenizer.eot)]
-            print(tokenizer.decode(row), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
+        if recorded:
+            show(player.Recording.of(recorded, tokenizer, c.vocab_size), config, console)
+        for row in [] if grows else last.ids.tolist():
+            if eot in row[given:]:
+                row = row[:given + row[given:].index(eot)]
+            print(tokenizer.decode(row[lead:]), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
+        print(end='\n' * grows, flush=True)
     if refine_config.strategy == 'naive':
         print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
     return tally
+
+
+def record(steps, step):
+    """Adds the first row of a Step to a list."""
+    steps.append(Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes))))
 
 
 def show(recording, config, console):
@@ -191,7 +264,7 @@ def repair(model, tokenizer, config, refine_config, console):
     flagged = flagged_tokens(model, ids, refine_config.flag_threshold)
     tally.seconds += time.perf_counter() - started
     for number, block in enumerate(ids.masked_fill(flagged, mask).split(model.config.block_size)):
-        last, _, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
+        last, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
         repaired += last.ids[0].tolist()
     tally.passes = [1 + passes for passes in tally.passes]  # the one that flagged
     if config.to:
@@ -224,8 +297,10 @@ def main(argv):
         if config.repair:
             tally = repair(model, tokenizer, config, refine_config, console)
         else:
-            tally = generate(model, tokenizer, first_canvas(config, tokenizer, model.config), config, refine_config, console)
-    if refine_config.block_length and max(tally.passes) > refine_config.max_steps:
+            canvas = first_canvas(config, tokenizer, model.config)
+            tell_what_is_not_seen(canvas, model.config)
+            tally = generate(model, tokenizer, canvas, config, refine_config, console)
+    if refine_config.block_length and not model.config.diffusion_block and max(tally.passes) > refine_config.max_steps:
         print(f'a block takes at least one step, so --block_length={refine_config.block_length} took more than '
               f'--max_steps={refine_config.max_steps}', file=sys.stderr)
     mean, speed = sum(tally.passes) / len(tally.passes), tally.tokens / max(tally.seconds, 1e-9)

@@ -19,11 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanodrift import checkpoint, drifting, huggingface, kernels, objectives
+from nanodrift import blocks, checkpoint, drifting, huggingface, kernels, objectives
 from nanodrift.kernels import Linear, padded_vocab_size
 from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError, check_options, from_stored, option
-from nanodrift.refinement import RefineConfig, check_defined, refine
+from nanodrift.refinement import RefineConfig, check_defined, in_inference_mode, refine
 from nanodrift.rotary import RotaryEmbedding, local_attention_biases, rotary_rates
 from nanodrift.sampling import sample_logits
 
@@ -74,6 +74,10 @@ class GPTConfig:
     diffusion_objective: str = option('repair', 'fill, keep and flag; the bound on the likelihood; or that and the field of '
                                       'drifting', ('repair', 'nelbo', 'drift'), types='diffusion')
     positions: str = option('rotary', 'what tells positions apart', ('rotary', 'learned', 'both'), types='diffusion')
+    diffusion_block: int = option(0, 'block diffusion: tokens in a block, which divide block_size; 0 is one block',
+                                  types='diffusion', at_least=0, needs={'diffusion_objective': 'nelbo'})
+    diffusion_shift: bool = option(False, 'positions predict the next token, as in gpt2, whose weights can then go on',
+                                   types='diffusion')
     penalty_keep_mask: float = option(0.25, 'weight of a masked token for which [MASK] is predicted', **REPAIR)
     penalty_mask_correct: float = option(0.5, 'weight of a right token for which [MASK] is predicted', **REPAIR)
     drift_weight: float = option(1.0, 'weight of the field; the bound has 1', types='diffusion', at_least=0, needs=DRIFT)
@@ -101,6 +105,11 @@ class GPTConfig:
     def heat_time(self):
         """The diffusion time t where it is not adaptive."""
         return 0.28 * math.sqrt(4 / self.n_layer) if self.heat_t == 'depth' else float(self.heat_t)
+
+    @property
+    def n_positions(self):
+        """How many positions a pass can have; with diffusion_shift the first token is given."""
+        return self.block_size + self.diffusion_shift
 
     @property
     def has_rotary(self):
@@ -217,7 +226,7 @@ class GPT(nn.Module):
         padded = padded_vocab_size(config.vocab_size + config.mask_tokens)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wpe=nn.Embedding(config.n_positions, config.n_embd),
             h=nn.ModuleList(TYPES[config.model_type].block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
@@ -253,14 +262,14 @@ class GPT(nn.Module):
         return None, self.objective.head_loss(x, self.lm_head.weight, n_logits, targets, weights)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T) -> hidden states (B, T, C) after the final norm."""
+        """Token ids (B, T) -> hidden states (B, T, C) after the final norm. cache: a KVCache, or blocks.Streams."""
         T, end = idx.size(1), idx.size(1) if cache is None else cache.end
-        assert end <= self.config.block_size, f'{end} tokens do not fit block_size {self.config.block_size}'
+        assert end <= self.config.n_positions, f'{end} tokens do not fit block_size {self.config.block_size}'
         positions = self.transformer.wpe.weight[:T] if cache is None else self.transformer.wpe(cache.positions)
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block in self.layers:
             # block.forward bypasses torch.compile, which would recompile for every cache length
-            x = block(x) if cache is None else block.forward(x, cache)
+            x = block(x) if cache is None else block(x, cache) if cache.static else block.forward(x, cache)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -584,7 +593,7 @@ class DiffusionAttention(Attention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.rope = RotaryEmbedding(rotary_rates(config), config.block_size) if config.has_rotary else None
+        self.rope = RotaryEmbedding(rotary_rates(config), config.n_positions) if config.has_rotary else None
 
     @torch.no_grad()
     def start(self):
@@ -597,16 +606,19 @@ class DiffusionAttention(Attention):
 
     def attend(self, q, k, v, cache=None):
         if self.rope is not None:
-            q, k = self.rope(q, k)
-        return super().attend(q, k, v)
+            q, k = self.rope(q, k, None if cache is None else cache.positions)
+        return super().attend(q, k, v, cache)
 
 
 class NoPositions(nn.Module):
     """In place of wpe where rotary positions are all there is."""
 
-    def __init__(self, block_size):
+    def __init__(self, n_positions):
         super().__init__()
-        self.register_buffer('weight', torch.zeros(block_size, 1), persistent=False)
+        self.register_buffer('weight', torch.zeros(n_positions, 1), persistent=False)
+
+    def forward(self, positions):
+        return self.weight[positions]
 
 
 class EncodedGPT(GPT):
@@ -632,8 +644,14 @@ class DiffusionGPT(EncodedGPT):
     def build(self, config):
         h = super().build(config)
         if config.positions == 'rotary':
-            self.transformer.wpe = NoPositions(config.block_size)
+            self.transformer.wpe = NoPositions(config.n_positions)
         return h
+
+    def trunk(self, idx, cache=None):
+        """As for gpt2. In training with diffusion_block: clean tokens, noisy slots -> the states that predict the text."""
+        if cache is None and self.config.diffusion_block:
+            return blocks.noisy_states(self, super().trunk, idx)
+        return super().trunk(idx, cache)
 
     def forward(self, idx, targets=None, weights=None, return_logits=True):
         """As for gpt2, except that the logits without targets are those of every position. With token drift, targets are a
@@ -668,9 +686,11 @@ class DiffusionGPT(EncodedGPT):
         """An iterator over a refinement.Step for each step of filling in idx (B, T). barred: an id, and the positions (B, T)
         where it is never drawn."""
         check_defined(refine_config, self)
+        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        if self.config.diffusion_block:
+            return in_inference_mode(blocks.refine_blocks(self, idx, refine_config, rng, barred))
         if idx.size(1) > self.config.block_size:
             raise UserError(f'{idx.size(1)} tokens do not fit block_size={self.config.block_size} of the model')
-        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         return refine(self.trunk, self.head, idx, self.config.vocab_size, refine_config, rng, barred=barred)
 
 
@@ -840,6 +860,9 @@ def contradictions(c):
         f'duo looks one token ahead: block_size={c.block_size} must be at least 2': kind == 'duo' and c.block_size < 2,
         f'drifting is measured by 3-grams: block_size={c.block_size} must be at least 3':
             kind == 'drifting' and c.block_size < 3,
+        f'diffusion_block={c.diffusion_block} must divide block_size={c.block_size}':
+            c.diffusion_block and c.block_size % c.diffusion_block,
+        'diffusion_shift=True has no effect without a diffusion_block': c.diffusion_shift and not c.diffusion_block,
         f'n_inner={c.n_inner} has no meaning for drifting: leave it at 0': kind == 'drifting' and c.n_inner,
         f'drift_prefix={c.drift_prefix} must be below block_size={c.block_size}': c.drift_prefix >= c.block_size,
         'drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run on the same data, or '

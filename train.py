@@ -220,7 +220,8 @@ class Trainer:
         if self.objective.examples:
             numbers = self.objective.examples(numbers, self.examples_seen, rng)
         tokens = windows.read(windows.offsets(numbers))
-        return self._to_device(self.objective.make_batch(tokens, rng, (micro, steps)))
+        part = (micro, steps, derive_seed(self.config.seed, Stream.ITERATION, self.iter_num))
+        return self._to_device(self.objective.make_batch(tokens, rng, part))
 
     def _to_device(self, tensors):
         device = self.ranks.device

@@ -190,7 +190,8 @@ def start_from(model, weights, rows=None):
         raise UserError(f'the weights hold learned positions ({POSITIONS}), which --positions=rotary has no use for: '
                         'add --positions=both, or learned')
     if POSITIONS in weights:
-        weights[POSITIONS] = weights[POSITIONS][:model.config.block_size]
+        rows, need = weights[POSITIONS], model.config.n_positions
+        weights[POSITIONS] = torch.cat((rows[:need], rows[-1:].expand(max(0, need - len(rows)), -1)))
     for name, tensor in weights.items():
         if name not in own:
             raise UserError(f'the weights hold {name}, which this model does not have')

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     FIRST_TOKENS = 8     # that samples of causal models go on from
     DRIFT_TARGETS = 9    # positions and prefix lengths of an iteration of drifting
     SHOWN_TEXTS = 10     # samples in a report
+    ITERATION = 11       # what the micro-batches of an iteration share
     # of experiments/, where numbers may repeat: no seed is used for both
     REPLACED_TOKENS = 9  # of experiments/repair_accuracy.py
     POINTS = 8           # of experiments/drifting_2d.py: its training

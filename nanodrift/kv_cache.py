@@ -5,6 +5,7 @@ The KV cache: keys and values of earlier passes, so that generation computes eac
 dropout and scale of the caller. In comments B is the batch, H the heads, T the positions of a pass, D the width of a head.
 """
 import torch
+import torch.nn.functional as F
 
 from nanodrift.machine import compute_dtype
 
@@ -16,6 +17,7 @@ class KVCache:
     Each row holds `lengths` positions, an int64 tensor (B,) on the CPU. A pass is prepared by `begin`, writes its T
     positions behind those, and `keep` says how many of them stay; the next pass overwrites the others.
     """
+    static = False  # every pass has another shape, for which blocks would be compiled again
 
     def __init__(self, model, batch_size, max_len):
         c, weight = model.config, model.lm_head.weight
@@ -25,9 +27,10 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
 
-    def begin(self, T, rows=None):
+    def begin(self, T, rows=None, visible=None):
         """Prepares a pass over T further positions of each row, or of these rows (n,) alone; returns the cache, which then
-        has `positions` (1 or B, T), their places in the text."""
+        has `positions` (1 or B, T), their places in the text. visible (1 or B, T, T), for rows that all hold equally many:
+        which of the new positions each of them sees, with all that is held; None is those up to itself."""
         lengths = self.lengths if rows is None else self.lengths[rows]
         first, last = int(lengths.min()), int(lengths.max())
         self.T, self.end, self.rows = T, last + T, rows
@@ -36,7 +39,10 @@ class KVCache:
         lengths = (lengths[:1] if first == last else lengths).to(device)[:, None]
         self.positions = lengths + torch.arange(T, device=device)
         self.mask = None
-        if first < last or T > 1 and last > 0:
+        if visible is not None:
+            assert first == last, 'blocks of different rows start at one place'
+            self.mask = F.pad(visible, (last, 0), value=True)[:, None]
+        elif first < last or T > 1 and last > 0:
             # (1 or B, 1, T, end): a position sees the places up to its own; behind these are leftovers
             self.mask = (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
         return self

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanodrift import drifting
+from nanodrift.data import permute
 from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy, rows_per_chunk
 from nanodrift.metrics import Calibration, Mean, Rows, calibrated_predictions, over_chunks, predictions, summarize
 
@@ -20,7 +21,8 @@ from nanodrift.metrics import Calibration, Mean, Rows, calibrated_predictions, o
 class Objective:
     """
     make_batch: (tokens (B, window) int64, rng torch.Generator, part) -> X, Y, W; W is None or the loss weight of each
-        target; part = (i, n) says that this is micro-batch i of the n of an iteration, over all ranks.
+        target; part = (i, n, seed) says that this is micro-batch i of the n of an iteration, over all ranks, and has a seed
+        that they share.
     head_loss: (x (B, T, C), head weight (Vp, C), n_logits, Y, W) -> the mean loss, logits never held all at once.
     loss: (logits (B, T, V), Y, W) -> the same mean loss from logits.
     metrics: (model, X, Y, W, calibrated) -> {name: metric}; `calibrated` adds what evaluate.py reports of confidence.
@@ -126,8 +128,8 @@ MOST_CORRUPTED = 0.99
 
 
 def random_order(shape, rng):
-    """A random permutation of the positions of each row, (B, T)."""
-    return torch.rand(shape, generator=rng).argsort(1).argsort(1)
+    """A random permutation of the positions of each row, (..., T)."""
+    return torch.rand(shape, generator=rng).argsort(-1).argsort(-1)
 
 
 def flag_weights(X, Y, mask, penalty_keep_mask, penalty_mask_correct):
@@ -159,7 +161,7 @@ def repair_batch(tokens, rng, part=(0, 1), *, mask, penalty_keep_mask, penalty_m
 def nelbo_batch(tokens, rng, part=(0, 1), *, mask):
     """tokens (B, T) -> X, Y, W (B, T): each token masked with probability t and weighted by 1/t, t stratified over all
     sequences of the iteration. Sahoo et al., arXiv 2406.07524, equation 10."""
-    B, (i, n) = len(tokens), part
+    B, (i, n) = len(tokens), part[:2]
     numbers = torch.arange(i * B, i * B + B)[:, None]
     t = LEAST_TIME + (1 - LEAST_TIME) * ((torch.rand(B, 1, generator=rng) + numbers) / (n * B)).frac()
     masked = torch.rand(tokens.shape, generator=rng) < t
@@ -175,6 +177,29 @@ def count_batch(tokens, rng, part=(0, 1), *, mask):
     count = 1 + (T * share).floor()
     masked = random_order(tokens.shape, rng) < count
     return tokens.masked_fill(masked, mask), tokens, (masked * T / count).float()
+
+
+def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift):
+    """
+    tokens (B, T), or (B, T+1) with `shift` -> X (B, T - block + slots), the clean tokens and the noisy slots of
+    `blocks.Streams`; Y, W (B, T).
+
+    In each block exactly l tokens are masked, l uniform on 1 to `block`, and weighted by block / l: `count_batch` block by
+    block. The l of all blocks of the iteration are spread evenly, and dealt to the blocks at random.
+    """
+    text, (i, n) = tokens[:, int(shift):], part[:2]
+    shape = len(text), text.size(1) // block, block
+    blocks = shape[0] * shape[1]
+    seed = part[2] if len(part) > 2 else int(torch.randint(2 ** 62, (1,), generator=rng))
+    start = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    strata = permute(range(i * blocks, i * blocks + blocks), n * blocks, seed)
+    count = 1 + (block * (start + torch.from_numpy(strata) / (n * blocks)).frac()).floor().view(*shape[:2], 1)
+    masked = random_order(shape, rng) < count
+    slots = text.reshape(shape).masked_fill(masked, mask)
+    if shift:
+        slots = torch.cat((tokens[:, :-1:block, None], slots), dim=2)  # the clean token before the block
+    X = torch.cat((tokens[:, :text.size(1) - block], slots.flatten(1)), dim=1)
+    return X, text.contiguous(), (masked * block / count).float().flatten(1)
 
 
 def repair_and_count_batch(tokens, rng, part=(0, 1), *, repair, count):
@@ -223,7 +248,7 @@ def rows_by_level(level):
 def bound_metrics(model, x, X, Y, W, mask, calibrated=False):
     """The bound on -log p, from hidden states x (B, T, C) of rows of `count_batch`: `nelbo`, that of each sequence in nats
     per token; accuracy and cross entropy of masked tokens."""
-    masked = X == mask
+    masked = W > 0
     losses, top = torch.zeros_like(W), torch.full_like(Y, mask)
     losses[masked], top[masked] = losses_and_argmax(model, x[masked], Y[masked], mask)
     metrics = {'nelbo': Rows((losses * W).mean(1).cpu().double()), 'accuracy': Mean.of(top == Y, masked)}
@@ -271,10 +296,14 @@ def diffusion_summary(metrics):
 def diffusion(config):
     mask = config.vocab_size
     count = partial(count_batch, mask=mask)
-    common = dict(summary=diffusion_summary, window=lambda block_size: block_size, val_metric='nelbo')
+    context = int(config.diffusion_shift)
+    common = dict(summary=diffusion_summary, window=lambda block_size: block_size + context, val_metric='nelbo')
     if config.diffusion_objective in ('nelbo', 'drift'):
         targets = drifting.compute_token_drift_targets if config.diffusion_objective == 'drift' else None
-        return Objective(make_batch=partial(nelbo_batch, mask=mask), head_loss=without_mask(linear_cross_entropy),
+        noise = partial(nelbo_batch, mask=mask)
+        if config.diffusion_block:
+            noise = count = partial(block_batch, mask=mask, block=config.diffusion_block, shift=config.diffusion_shift)
+        return Objective(make_batch=noise, head_loss=without_mask(linear_cross_entropy),
                          loss=without_mask(cross_entropy), metrics=partial(diffusion_metrics, repair=False),
                          eval_batch=count, compute_targets=targets, **common)
     repair = partial(repair_batch, mask=mask, penalty_keep_mask=config.penalty_keep_mask,

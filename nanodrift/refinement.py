@@ -33,8 +33,8 @@ REMASKS = {}  # remask -> Remask, filled below the rules
 class RefineConfig:
     """In which order a canvas is filled, and what is taken back."""
     strategy: str = option('ancestral', 'which masked positions a step commits', ORDERS)
-    max_steps: int = option(25, 'steps in total; threshold takes as many as it needs, and flags nothing after these',
-                            at_least=1)
+    max_steps: int = option(25, 'steps in total, or for each block of a model with --diffusion_block; threshold takes as '
+                            'many as it needs, and flags nothing after these', at_least=1)
     block_length: int = option(0, 'open positions refined at a time, from left to right; 0 takes all', at_least=0)
     threshold: float = option(0.9, 'the confidence that commits', at_least=0, needs={'strategy': 'threshold'})
     remask: str = option('none', 'which committed tokens are opened again', REMASKS)
@@ -63,6 +63,10 @@ def check_defined(config, model):
         raise UserError('refinement draws in float64, which mps has not: use --device=cpu')
     if model.config.diffusion_objective == 'repair':
         return
+    block = model.config.diffusion_block
+    if block and config.block_length and block % config.block_length:
+        raise UserError(f'block_length={config.block_length} is a part of a block of the model and must divide its {block} '
+                        'tokens')
     if config.strategy == 'naive':
         raise UserError('strategy=naive keeps what is not predicted to be [MASK], and a model of the nelbo objective never '
                         'predicts it: for one step use --strategy=random --max_steps=1')
@@ -103,8 +107,13 @@ class Moment:
 
 def refine(trunk, head, ids, mask, config, rng=None, use_cache=True, barred=None):
     """Fills every [MASK] of ids (B, T), in inference mode. Yields a Step after each step; the last one has no [MASK] left.
-    For trunk, head and barred see Canvas; `rng` is on the device of ids."""
-    steps = _refine(Canvas(trunk, head, ids, mask, use_cache, barred), config, rng)
+    trunk: ids (R, T) -> hidden states (R, T, C); for head and barred see Canvas; `rng` is on the device of ids."""
+    canvas = Canvas(lambda ids, rows: trunk(ids[rows]), head, ids, mask, use_cache, barred)
+    return in_inference_mode(refine_canvas(canvas, config, rng))
+
+
+def in_inference_mode(steps):
+    """What the iterator `steps` yields, each computed in inference mode; what is done with it is not."""
     while True:
         with torch.inference_mode():
             step = next(steps, None)
@@ -113,7 +122,8 @@ def refine(trunk, head, ids, mask, config, rng=None, use_cache=True, barred=None
         yield step
 
 
-def _refine(canvas, config, rng):
+def refine_canvas(canvas, config, rng):
+    """Fills a Canvas, as `refine` says."""
     mask = canvas.mask
     blocks = list(split_blocks(canvas.free, config.block_length))
     whole, more = divmod(config.max_steps, max(1, len(blocks)))
@@ -166,7 +176,8 @@ def split_blocks(free, length):
 class Canvas:
     """Token ids (B, T) under refinement, `mask` at open positions. Tokens that are given at the start never change.
 
-    trunk: ids (B, T) -> hidden states (B, T, C); head: hidden states (N, C) -> logits (N, V+1), the last one of [MASK].
+    trunk: ids (B, T), rows (B,) bool -> hidden states (R, T, C) of these rows. head: hidden states (N, C) -> logits
+    (N, V+1), the last one of [MASK].
     barred: an id and the positions (B, T) where it is never drawn. A row that has not changed since its last forward pass
     is not run again."""
 
@@ -194,7 +205,7 @@ class Canvas:
         if self.use_cache:
             rows &= ~self.known
         if rows.any():
-            states = self.trunk(self.ids[rows])
+            states = self.trunk(self.ids, rows)
             if self.hidden is None:
                 self.hidden = states.new_zeros(*self.ids.shape, states.size(-1))
             self.hidden[rows] = states

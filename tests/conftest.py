@@ -38,7 +38,9 @@ FORKS.set_forkserver_preload(['train', 'conftest'])
 TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1, device='cpu',
             dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)
 
-WAYS = (*TYPES, 'token drift')  # to train: an objective that couples the batch is a way of its own
+# to train: an objective that couples the batch is a way of its own, and so are two streams in one pass
+WAYS = (*TYPES, 'token drift', 'blocks', 'shifted blocks')
+BLOCKS = {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4}
 
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,6 +90,8 @@ def settings(tmp_path, data_dir, encoder):
             overrides.pop('dropout', None)
         if overrides.get('model_type') == 'token drift':
             overrides['model_type'] = 'diffusion'
+        if 'blocks' in overrides.get('model_type', ''):
+            overrides = overrides | BLOCKS | {'diffusion_shift': overrides['model_type'] == 'shifted blocks'}
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
     return make
 

@@ -16,6 +16,8 @@ FURTHER = {
     'diffusion both': {'model_type': 'diffusion', 'positions': 'both'},
     'token drift': {'model_type': 'token drift'},
     'token drift tokens': {'model_type': 'token drift', 'drift_features': 'tokens'},
+    'blocks': {'model_type': 'blocks'},
+    'shifted blocks': {'model_type': 'shifted blocks'},
     'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
 }
 CASES = VARIANTS | FURTHER
@@ -33,7 +35,9 @@ def sampled(out_dir, encoder, dtype):
     kind = model.config.model_type
     with autocast(torch.device('cpu'), dtype):
         if kind == 'diffusion':
-            return model.generate_diffusion(torch.full((2, 8), model.config.vocab_size), max_steps=3, seed=1)
+            canvas = torch.full((2, 8), model.config.vocab_size)
+            canvas[:, 0] = 1  # shifted blocks want a first token
+            return model.generate_diffusion(canvas, max_steps=3, seed=1)
         if kind == 'drifting':
             return model.generate_at_once(2, seed=1)
         with torch.no_grad():

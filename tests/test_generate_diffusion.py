@@ -80,15 +80,15 @@ def test_a_template_keeps_its_text_byte_for_byte(go, tmp_path):
 
 
 def test_gaps_are_as_long_as_they_say():
-    encode = ByteTokenizer().encode
-    assert parse_template('a[MASK:3]b____', encode, 300, 16) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
-    assert parse_template('a[MASK]b[mask:2]', encode, 300, 16) == [97, 300, 98, 300, 300]
-    assert parse_template('__init__ ___', encode, 300, 16) == [*b'__init__ ', 300, 300, 300]
+    encode, shape = ByteTokenizer().encode, GPTConfig(model_type='diffusion', vocab_size=300, block_size=16)
+    assert parse_template('a[MASK:3]b____', encode, shape) == [97, 300, 300, 300, 98, 300, 300, 300, 300]
+    assert parse_template('a[MASK]b[mask:2]', encode, shape) == [97, 300, 98, 300, 300]
+    assert parse_template('__init__ ___', encode, shape) == [*b'__init__ ', 300, 300, 300]
     with pytest.raises(UserError, match='no gap'):
-        parse_template('nothing __ open', encode, 300, 16)
+        parse_template('nothing __ open', encode, shape)
     for gap in ('[MASK:0]', '[MASK:17]', '[MASK:99999999999]'):
         with pytest.raises(UserError, match='block_size=16'):
-            parse_template(f'a{gap}', encode, 300, 16)
+            parse_template(f'a{gap}', encode, shape)
 
 
 def test_naive_tells_how_much_each_step_commits(go):
