@@ -349,8 +349,8 @@ def run(request, tmp_path_factory, data_dir):
     out_dir = str(tmp_path_factory.mktemp('run') / 'out')
     values = dict(out_dir=out_dir, dataset='tiny_byte', data_dir=data_dir, model_type='diffusion', max_iters=20,
                   batch_size=4, diffusion_objective='nelbo', diffusion_block=4, block_size=16,
-                  diffusion_shift=request.param != 'blocks', n_layer=1, n_head=2, n_embd=16, compile=False, device='cpu', dtype='float32', eval_interval=20,
-                  eval_iters=2)
+                  diffusion_shift=request.param != 'blocks', n_layer=1, n_head=2, n_embd=16, compile=False, device='cpu',
+                  dtype='float32', eval_interval=20, eval_iters=2)
     assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
     return out_dir
 
