@@ -665,6 +665,11 @@ class DiffusionGPT(EncodedGPT):
         field_loss = drifting.drift_loss(self, self.soft_tokens(idx, x), targets)
         return None, bound + self.config.drift_weight * field_loss / len(targets.scales)
 
+    def flops_per_token(self):
+        """With diffusion_block: those of all positions of a pass, for each token of the text; the head reads one of them."""
+        whole, head, T = super().flops_per_token(), 6 * self.transformer.wte.weight.numel(), self.config.block_size
+        return head + (whole - head) * blocks.positions_in_training(self.config) / T
+
     def soft_tokens(self, idx, x):
         """Embeddings of the encoder (B, T, C') for ids (B, T) and hidden states (B, T, C). At a masked position: the
         vocabulary mean weighted by the predicted probabilities."""

@@ -82,6 +82,12 @@ def streams_of(clean, T, N, shift, device):
     return Streams(clean, range(0, T, N), N + shift, 1 if shift else N, device)
 
 
+def positions_in_training(c):
+    """How many positions a pass over block_size tokens has."""
+    T, N = c.block_size, c.diffusion_block
+    return T - N + T // N * (N + c.diffusion_shift) if N else T
+
+
 def slots_of(model, ids, before):
     """Slots (B, S) of a block whose tokens are ids (B, N), and which of them (B, S) no position sees; before (B, 1): the
     token before the block."""

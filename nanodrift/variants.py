@@ -20,6 +20,9 @@ VARIANTS = {
     'duo': {'model_type': 'duo'},
     'diffusion': {'model_type': 'diffusion'},
     'diffusion nelbo': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo'},
+    'diffusion blocks': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4},
+    'diffusion blocks shifted': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4,
+                                 'diffusion_shift': True},
     'drifting': {'model_type': 'drifting'},
     'drifting straight': {'model_type': 'drifting', 'drift_output': 'straight'},
 }
