@@ -19,13 +19,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanodrift import blocks, checkpoint, drifting, huggingface, kernels, objectives
+from nanodrift import blocks, checkpoint, drafting, drifting, huggingface, kernels, objectives
 from nanodrift.kernels import Linear, padded_vocab_size
 from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError, check_options, from_stored, option
 from nanodrift.refinement import RefineConfig, check_defined, in_inference_mode, refine
 from nanodrift.rotary import RotaryEmbedding, local_attention_biases, rotary_rates
 from nanodrift.sampling import sample_logits
+from nanodrift.streams import positions_in_training
 
 TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
@@ -48,6 +49,12 @@ class GPTConfig:
     dropout: float = option(0.0, 'dropout probability; 0 for pretraining, 0.1 and more for small data', at_least=0, below=1)
     bias: bool = option(True, 'biases in Linear and LayerNorm, as in GPT-2; False is slightly faster, but not for diffusion')
     published: bool = option(False, 'the published form; adaptive heat and duo see the future', types=('dd', 'heat', 'duo'))
+
+    # gpt2 and rotating: drafts of their own text
+    draft_block: int = option(0, 'tokens that the model learns to guess ahead, for sample.py --draft=own; 0 has none',
+                              types=('gpt2', 'rotating'), at_least=0)
+    draft_weight: float = option(0.3, 'weight of the loss of these guesses; 0 trains exactly the model without them',
+                                 types=('gpt2', 'rotating'), at_least=0)
 
     # dd: the drift on the output y of attention, and the noise
     apply_drift: bool = option(True, 'y + d * y on the output y of attention, d learned', types='dd')
@@ -131,8 +138,13 @@ class GPTConfig:
 
     @property
     def mask_tokens(self):
-        """How many ids without text follow vocab_size in the embedding matrix: the mask of duo, [MASK] of diffusion."""
-        return 1 if self.model_type == 'diffusion' or (self.model_type == 'duo' and self.duo_fill_weight) else 0
+        """How many ids without text follow vocab_size in the embedding matrix: [MASK] of diffusion, duo and drafts."""
+        fills = self.model_type == 'duo' and self.duo_fill_weight > 0
+        return int(self.model_type == 'diffusion' or fills or self.has_drafts)
+
+    @property
+    def has_drafts(self):
+        return bool(self.draft_block and self.draft_weight)
 
     @property
     def n_logits(self):
@@ -262,9 +274,12 @@ class GPT(nn.Module):
         return None, self.objective.head_loss(x, self.lm_head.weight, n_logits, targets, weights)
 
     def trunk(self, idx, cache=None):
-        """Token ids (B, T) -> hidden states (B, T, C) after the final norm. cache: a KVCache, or blocks.Streams."""
-        T, end = idx.size(1), idx.size(1) if cache is None else cache.end
-        assert end <= self.config.n_positions, f'{end} tokens do not fit block_size {self.config.block_size}'
+        """Token ids (B, T) -> hidden states (B, T, C) after the final norm. cache: a KVCache, or Streams. In training with
+        draft_block: ids and positions (B, 2, T + drafts) of `objectives.draft_batch` -> (B, T + drafts, C)."""
+        if idx.dim() == 3:  # in training with drafts
+            idx, cache = drafting.draft_streams(idx, self.config)
+        T, reach = idx.size(1), idx.size(1) if cache is None else cache.reach
+        assert reach <= self.config.n_positions, f'{reach} tokens do not fit block_size {self.config.block_size}'
         positions = self.transformer.wpe.weight[:T] if cache is None else self.transformer.wpe(cache.positions)
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block in self.layers:
@@ -333,8 +348,11 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
+        c, head = self.config, 6 * self.config.vocab_size * self.config.n_embd
         # 12 L C T: q.k and the weighted sum of v, forward and backward
-        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        body = 6 * self.num_params() - head + 12 * c.n_layer * c.n_embd * c.block_size
+        positions, predictions = positions_in_training(c)
+        return (body * positions + head * predictions) / c.block_size
 
     @property
     def device(self):
@@ -665,11 +683,6 @@ class DiffusionGPT(EncodedGPT):
         field_loss = drifting.drift_loss(self, self.soft_tokens(idx, x), targets)
         return None, bound + self.config.drift_weight * field_loss / len(targets.scales)
 
-    def flops_per_token(self):
-        """With diffusion_block: those of all positions of a pass, for each token of the text; the head reads one of them."""
-        whole, head, T = super().flops_per_token(), 6 * self.transformer.wte.weight.numel(), self.config.block_size
-        return head + (whole - head) * blocks.positions_in_training(self.config) / T
-
     def soft_tokens(self, idx, x):
         """Embeddings of the encoder (B, T, C') for ids (B, T) and hidden states (B, T, C). At a masked position: the
         vocabulary mean weighted by the predicted probabilities."""
@@ -867,6 +880,7 @@ def contradictions(c):
             kind == 'drifting' and c.block_size < 3,
         f'diffusion_block={c.diffusion_block} must divide block_size={c.block_size}':
             c.diffusion_block and c.block_size % c.diffusion_block,
+        f'draft_block={c.draft_block} needs twice that as block_size, not {c.block_size}': 2 * c.draft_block > c.block_size,
         'diffusion_shift=True has no effect without a diffusion_block': c.diffusion_shift and not c.diffusion_block,
         f'n_inner={c.n_inner} has no meaning for drifting: leave it at 0': kind == 'drifting' and c.n_inner,
         f'drift_prefix={c.drift_prefix} must be below block_size={c.block_size}': c.drift_prefix >= c.block_size,

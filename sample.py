@@ -43,8 +43,8 @@ class SampleConfig:
     top_p: float = option(1.0, 'draw from the fewest most likely tokens that have this much probability together', above=0,
                           at_most=1)
     draft: str = option('none', 'guess several tokens per forward pass, which does not change what is drawn: ngram guesses '
-                        'that the text repeats itself', ('none', 'ngram'))
-    draft_tokens: int = option(4, 'guesses per forward pass', at_least=1, needs={'draft': 'ngram'})
+                        'that the text repeats itself, own asks a model that has a draft_block', ('none', 'ngram', 'own'))
+    draft_tokens: int = option(4, 'guesses per forward pass; for own at most draft_block', at_least=1)
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed and num_samples give the same samples on the same machine', at_least=0,
                        below=2 ** 63)
@@ -53,6 +53,8 @@ class SampleConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.draft == 'none' and self.draft_tokens != SampleConfig.draft_tokens:
+            raise UserError(f'draft_tokens={self.draft_tokens} has no effect without --draft=ngram or own')
 
 
 def load(config, device):
@@ -100,7 +102,8 @@ def generate(model, tokenizer, prompt, count, config, seed):
         steps = ([[i] for i in column.tolist()] for column in model.generate(idx, config.max_new_tokens, **how))
     else:
         eot = None if config.ignore_eot else tokenizer.eot
-        steps = drafting.generate(model, idx, config.max_new_tokens, config.draft_tokens, eot=eot, **how)
+        how |= dict(eot=eot, own=config.draft == 'own')
+        steps = drafting.generate(model, idx, config.max_new_tokens, config.draft_tokens, **how)
     done = [False] * count
     for rows in steps:
         ended = [tokenizer.eot in ids and not config.ignore_eot for ids in rows]
@@ -173,6 +176,8 @@ def main(argv):
         config, = build(ONE_STEP | values, SampleConfig)
     if config.draft != 'none' and not model.config.causal:
         raise UserError('a model that sees the future (--published=True) cannot check drafts: leave --draft out')
+    if config.draft == 'own' and not model.config.has_drafts:
+        raise UserError('the model has not learned to guess ahead, train.py --draft_block=2 does: take --draft=ngram')
     if 'start' not in values and tokenizer.name == 'char' and '\n' not in tokenizer.characters:
         config.start = ''  # the default is a newline
     text = read_prompt(config.start)

@@ -12,8 +12,6 @@ diffusion_shift=True  a block is N+1 slots, the clean token before it and its N 
 In generation the clean tokens are in a KVCache. In comments B is the batch, T the tokens, N = diffusion_block, S the slots
 of a block (N, or N+1), C the width.
 """
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 
@@ -21,71 +19,7 @@ from nanodrift import kernels
 from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError
 from nanodrift.refinement import Canvas, Step, refine_canvas
-
-SLOTS_PER_CHUNK = 256  # that attend together: their mask is a short matrix, however long the text is
-
-
-class Streams:
-    """
-    Which of `clean` tokens and, behind them, slots in blocks of S sees which, in one pass.
-
-    A slot sees the slots of its block and the clean tokens before the first position of its block. A clean token sees those
-    before it and, with clean_block = N, those of its own block of N. Nothing clean sees anything noisy.
-
-    first: the first position of each block, rising; slot i of a block stands at that position + i. Attention runs over whole
-    blocks, SLOTS_PER_CHUNK slots or more at a time, so that memory grows with the length of the text and not with its
-    square.
-    """
-    static = True  # all passes have one shape
-
-    def __init__(self, clean, first, S, clean_block, device):
-        slots = torch.tensor(first, device=device)[:, None] + torch.arange(S, device=device)
-        self.clean, self.end = clean, first[-1] + S
-        self.positions = torch.cat((torch.arange(clean, device=device), slots.flatten()))[None]
-        self.clean_chunks, self.noisy_chunks = [], []  # (rows, how many clean tokens they may see, mask)
-        size = clean_block * max(1, SLOTS_PER_CHUNK // clean_block)
-        for start in range(0, clean if clean_block > 1 else 0, size):
-            end = min(start + size, clean)
-            block = torch.arange(end, device=device) // clean_block
-            self.clean_chunks.append((slice(start, end), end, block <= block[start:, None]))
-        size = max(1, SLOTS_PER_CHUNK // S)
-        for start in range(0, len(first), size):
-            chunk = torch.tensor(first[start:start + size], device=device).repeat_interleave(S)
-            seen = min(int(chunk[-1]), clean)
-            mask = torch.cat((torch.arange(seen, device=device) < chunk[:, None], chunk == chunk[:, None]), dim=1)
-            self.noisy_chunks.append((slice(start * S, start * S + len(chunk)), seen, mask))
-
-    def hiding(self, hidden):
-        """The same, but for slots (B, n * S) that no position sees."""
-        other = object.__new__(Streams)
-        other.__dict__.update(self.__dict__)
-        other.noisy_chunks = [(rows, seen, mask & ~F.pad(hidden[:, None, None, rows], (seen, 0)))
-                              for rows, seen, mask in self.noisy_chunks]
-        return other
-
-    def attend(self, sdpa, layer, q, k, v):
-        """q, k, v (B, H, clean + n * S, D) -> the same shape."""
-        (q, q_noisy), (k, k_noisy), (v, v_noisy) = ((x[:, :, :self.clean], x[:, :, self.clean:]) for x in (q, k, v))
-        y = [sdpa(q[:, :, rows], k[:, :, :end], v[:, :, :end], attn_mask=mask) for rows, end, mask in self.clean_chunks]
-        if not y and self.clean:
-            y = [sdpa(q, k, v, is_causal=True)]
-        for rows, seen, mask in self.noisy_chunks:
-            keys, values = (torch.cat((clean[:, :, :seen], noisy[:, :, rows]), dim=2)
-                            for clean, noisy in ((k, k_noisy), (v, v_noisy)))
-            y.append(sdpa(q_noisy[:, :, rows], keys, values, attn_mask=mask))
-        return torch.cat(y, dim=2)
-
-
-@lru_cache(maxsize=8)
-def streams_of(clean, T, N, shift, device):
-    """The Streams of T tokens in blocks of N."""
-    return Streams(clean, range(0, T, N), N + shift, 1 if shift else N, device)
-
-
-def positions_in_training(c):
-    """How many positions a pass over block_size tokens has."""
-    T, N = c.block_size, c.diffusion_block
-    return T - N + T // N * (N + c.diffusion_shift) if N else T
+from nanodrift.streams import Streams
 
 
 def slots_of(model, ids, before):
@@ -103,13 +37,14 @@ def noisy_states(model, trunk, idx):
     """Hidden states (B, T, C) that predict the T tokens, from idx (B, clean + slots) as `objectives.block_batch` makes
     them. trunk: ids and Streams -> hidden states of all."""
     c = model.config
-    T, N, S = c.block_size, c.diffusion_block, c.diffusion_block + c.diffusion_shift
-    clean = idx.size(1) - T // N * S
-    streams = streams_of(clean, T, N, c.diffusion_shift, idx.device)
-    if c.diffusion_shift:
+    N, shift = c.diffusion_block, c.diffusion_shift
+    first, S = torch.arange(0, c.block_size, N, device=idx.device), N + shift
+    clean, hidden = idx.size(1) - len(first) * S, None
+    if shift:
         hidden = (idx[:, clean:] == c.vocab_size).unflatten(1, (-1, S))
         hidden[..., :-1] = False
-        streams = streams.hiding(hidden.flatten(1))
+        hidden = hidden.flatten(1)
+    streams = Streams(clean, first, S, N, 1 if shift else N, hidden)
     return trunk(idx, streams)[:, clean:].unflatten(1, (-1, S))[:, :, :N].flatten(1, 2)
 
 

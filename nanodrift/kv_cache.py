@@ -27,25 +27,37 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
 
-    def begin(self, T, rows=None, visible=None):
-        """Prepares a pass over T further positions of each row, or of these rows (n,) alone; returns the cache, which then
-        has `positions` (1 or B, T), their places in the text. visible (1 or B, T, T), for rows that all hold equally many:
-        which of the new positions each of them sees, with all that is held; None is those up to itself."""
+    def begin(self, T, rows=None, visible=None, offsets=None):
+        """
+        Prepares a pass over T further positions of each row, or of these rows (n,) alone; returns the cache, which then has
+        `positions` (1 or B, T), their places in the text.
+
+        visible (1 or B, T, T), bool: which of the new positions each of them sees, with all that is held; None is those up
+        to itself. offsets (T,): how far behind the held ones the new positions stand in the text, 0 to T-1 unless given.
+        """
         lengths = self.lengths if rows is None else self.lengths[rows]
         first, last = int(lengths.min()), int(lengths.max())
-        self.T, self.end, self.rows = T, last + T, rows
+        offsets = torch.arange(T) if offsets is None else offsets
+        self.T, self.end, self.rows, self.reach = T, last + T, rows, last + 1 + int(offsets.max())
         self.start = first if first == last and rows is None else None  # where all rows write, if that is one place
         device = self.k.device
         lengths = (lengths[:1] if first == last else lengths).to(device)[:, None]
-        self.positions = lengths + torch.arange(T, device=device)
+        self.positions, self.slots = lengths + offsets.to(device), lengths + torch.arange(T, device=device)
         self.mask = None
         if visible is not None:
-            assert first == last, 'blocks of different rows start at one place'
-            self.mask = F.pad(visible, (last, 0), value=True)[:, None]
+            self.mask = self._mask(lengths, visible)
         elif first < last or T > 1 and last > 0:
             # (1 or B, 1, T, end): a position sees the places up to its own; behind these are leftovers
-            self.mask = (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
+            self.mask = (torch.arange(self.end, device=device) <= self.slots[..., None])[:, None]
         return self
+
+    def _mask(self, lengths, visible):
+        """(1 or B, 1, T, end): whether a new position sees what is stored at a place, for lengths (1 or B, 1)."""
+        place = torch.arange(self.end, device=lengths.device) - lengths  # below 0: held; then the new ones; then leftovers
+        B, T = max(len(place), len(visible)), self.T
+        new = F.pad(visible, (0, 1)).expand(B, T, T + 1)  # the column that is added stands for leftovers
+        index = place.clamp(0, T)[:, None].expand(B, T, self.end)
+        return ((place < 0)[:, None] | new.gather(2, index))[:, None]
 
     def append(self, layer, k, v):
         """Stores k, v (B, H, T, D) of the new positions; returns those of all positions so far, (B, H, end, D)."""
@@ -54,7 +66,7 @@ class KVCache:
             k_held[:, :, self.start:self.end], v_held[:, :, self.start:self.end] = k, v
         else:
             rows = torch.arange(len(k_held)) if self.rows is None else self.rows
-            where = rows.to(k.device)[:, None], slice(None), self.positions  # indices in front: (B, T, H, D)
+            where = rows.to(k.device)[:, None], slice(None), self.slots  # indices in front: (B, T, H, D)
             k_held[where], v_held[where] = k.transpose(1, 2).to(k_held.dtype), v.transpose(1, 2).to(v_held.dtype)
         k_held, v_held = k_held[:, :, :self.end], v_held[:, :, :self.end]
         return (k_held, v_held) if self.rows is None else (k_held[self.rows], v_held[self.rows])

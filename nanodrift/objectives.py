@@ -15,6 +15,7 @@ from nanodrift import drifting
 from nanodrift.data import permute
 from nanodrift.kernels import IGNORE, cross_entropy, linear_cross_entropy, rows_per_chunk
 from nanodrift.metrics import Calibration, Mean, Rows, calibrated_predictions, over_chunks, predictions, summarize
+from nanodrift.streams import draft_blocks
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,30 @@ NEXT_TOKEN = Objective(make_batch=next_token_batch, head_loss=linear_cross_entro
                        val_metric='loss')
 
 
+def draft_batch(tokens, rng, part=(0, 1), *, mask, block, count, weight):
+    """
+    tokens (B, T+1) -> X (B, 2, T + count * block): ids, and their positions; Y, W (B, T + count * block).
+
+    The T tokens, and behind them `count` blocks of [MASK], on a grid that starts anywhere. As everywhere in gpt2, position m
+    predicts token m+1: a block behind token i, at the positions i+1 to i+block, predicts the tokens i+2 to i+block+1. The
+    loss is the mean over tokens and `weight` times the mean over [MASK]s. TiDAR: arXiv 2511.08923.
+    """
+    B, T = len(tokens), tokens.size(1) - 1
+    start = 1 + int(torch.randint(block, (1,), generator=rng))
+    drafts = torch.arange(start, start + count * block)
+    ids = torch.cat((tokens[:, :-1], torch.full((B, len(drafts)), mask)), dim=1)
+    X = torch.stack((ids, torch.cat((torch.arange(T), drafts)).expand(B, -1)), dim=1)
+    Y = torch.cat((tokens[:, 1:], tokens[:, drafts + 1]), dim=1)
+    W = torch.cat((torch.full((T,), 1 / T), torch.full((len(drafts),), weight / len(drafts)))) * Y.size(1)
+    return X, Y, W.expand(B, -1).contiguous()
+
+
 def next_token(config):
-    return NEXT_TOKEN
+    if not config.has_drafts:
+        return NEXT_TOKEN
+    make_batch = partial(draft_batch, mask=config.vocab_size, block=config.draft_block, count=draft_blocks(config),
+                         weight=config.draft_weight)
+    return replace(NEXT_TOKEN, make_batch=make_batch, eval_batch=next_token_batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

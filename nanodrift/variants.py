@@ -4,6 +4,7 @@ compare.py what they are good for.
 """
 VARIANTS = {
     'gpt2': {},
+    'gpt2 drafts': {'draft_block': 1},
     'dd': {'model_type': 'dd'},
     'dd drift': {'model_type': 'dd', 'apply_diffusion': False},
     'dd diffusion': {'model_type': 'dd', 'apply_drift': False},

@@ -39,7 +39,7 @@ TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval
             dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)
 
 # to train: an objective that couples the batch is a way of its own, and so are two streams in one pass
-WAYS = (*TYPES, 'token drift', 'blocks', 'shifted blocks')
+WAYS = (*TYPES, 'token drift', 'blocks', 'shifted blocks', 'drafts')
 BLOCKS = {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4}
 
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts
@@ -90,6 +90,8 @@ def settings(tmp_path, data_dir, encoder):
             overrides.pop('dropout', None)
         if overrides.get('model_type') == 'token drift':
             overrides['model_type'] = 'diffusion'
+        if overrides.get('model_type') == 'drafts':
+            overrides = overrides | {'model_type': 'gpt2', 'draft_block': 2}
         if 'blocks' in overrides.get('model_type', ''):
             overrides = overrides | BLOCKS | {'diffusion_shift': overrides['model_type'] == 'shifted blocks'}
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides

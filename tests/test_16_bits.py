@@ -18,6 +18,7 @@ FURTHER = {
     'token drift tokens': {'model_type': 'token drift', 'drift_features': 'tokens'},
     'blocks': {'model_type': 'blocks'},
     'shifted blocks': {'model_type': 'shifted blocks'},
+    'drafts': {'model_type': 'drafts'},
     'drifting soft': {'model_type': 'drifting', 'drift_output': 'soft'},
 }
 CASES = VARIANTS | FURTHER

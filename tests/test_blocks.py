@@ -11,7 +11,7 @@ import evaluate
 import generate_diffusion
 import train
 from model import GPT, GPTConfig, load_model
-from nanodrift import blocks
+from nanodrift import streams
 from nanodrift.blocks import BlockTrunk
 from nanodrift.objectives import block_batch, count_batch
 from nanodrift.options import UserError
@@ -45,7 +45,7 @@ class Dense:
     static = True
 
     def __init__(self, mask, positions):
-        self.mask, self.positions, self.end = mask, positions[None], 0
+        self.mask, self.positions, self.reach = mask, positions[None], 0
 
     def attend(self, sdpa, layer, q, k, v):
         return sdpa(q, k, v, attn_mask=self.mask)
@@ -98,8 +98,7 @@ def test_long_texts_attend_in_chunks(shift, monkeypatch):
     X, _, _ = batch(model, tokens)
     with torch.no_grad():
         whole = model.trunk(X)
-        monkeypatch.setattr(blocks, 'SLOTS_PER_CHUNK', 5)
-        monkeypatch.setattr(blocks, 'streams_of', blocks.streams_of.__wrapped__)
+        monkeypatch.setattr(streams, 'SLOTS_PER_CHUNK', 5)
         pieces = model.trunk(X)
     assert torch.allclose(whole, pieces, atol=1e-5)
 
