@@ -27,8 +27,8 @@ def test_the_ceiling_is_what_the_best_guess_without_r_gives():
 def test_the_command(settings, capsys):
     values = settings(model_type='drafts', block_size=24)
     assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
-    args = [f'--out_dir={values["out_dir"]}', '--prompts=4', '--prompt_tokens=4', '--new_tokens=8', '--rounds=1', '--device=cpu',
-            '--dtype=float32', '--at_once=2']
+    args = [f'--out_dir={values["out_dir"]}', '--prompts=4', '--prompt_tokens=4', '--new_tokens=8', '--rounds=1',
+            '--device=cpu', '--dtype=float32', '--at_once=2']
     capsys.readouterr()
     drafts.main(args)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
