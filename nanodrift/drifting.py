@@ -184,20 +184,21 @@ def argmax_embedding(x, embedding, logits_of):
     return embedding[torch.cat([logits_of(chunk).argmax(-1) for chunk in chunks])].view(x.shape)
 
 
-def nearness(x, embedding):
-    """Logits (N, V): cosines between outputs x (N, C) and embeddings (V, C), both centred on the mean embedding, scaled so
-    that those of a random direction have standard deviation SHARPNESS. Unscaled, all outputs would start near the mean,
-    where the field cannot separate them."""
-    middle = embedding.mean(0)
-    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), F.normalize((embedding - middle).float(), dim=-1))
-    return cosines * SHARPNESS * math.sqrt(embedding.size(1))
+def nearness(x, middle, directions):
+    """Logits (N, V): cosines between outputs x (N, C) and embeddings, both centred on the mean embedding, `middle` (C,),
+    scaled so that those of a random direction have standard deviation SHARPNESS; directions (V, C) are the embeddings
+    centred and of length 1. Unscaled, all outputs would start near the mean, where the field cannot separate them."""
+    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), directions)
+    return cosines * SHARPNESS * math.sqrt(directions.size(1))
 
 
 def output_embeddings(x, vocabulary, output):
     """What drift_output makes of outputs x (B, T, C) and the embeddings (V, C) of the vocabulary -> (B, T, C)."""
     if output == 'embedding':
         return x
-    logits_of = partial(nearness, embedding=vocabulary)
+    middle = vocabulary.mean(0)
+    directions = F.normalize((vocabulary - middle).float(), dim=-1)  # once, and not in every chunk
+    logits_of = partial(nearness, middle=middle, directions=directions)
     soft = expected_embedding(x.flatten(0, 1), vocabulary, logits_of).view(x.shape)
     if output == 'soft':
         return soft

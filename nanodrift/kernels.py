@@ -23,6 +23,7 @@ from nanodrift.machine import compute_dtype, cpu_multiplies_bfloat16
 
 IGNORE = -1  # a target with this id is left out of losses and metrics
 LOGITS_PER_CHUNK = 2 ** 25  # how many logits are held at once: large enough for fast matrix products
+ON_GPUS = 8  # times as many in training, where each chunk costs a dozen launches
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None; for flag see
         `cross_entropy`."""
         N, Vp = len(x), len(weight)
-        n = min(N, rows_per_chunk(Vp))
+        n = min(N, rows_per_chunk(Vp) * (ON_GPUS if x.device.type == 'cuda' else 1))
         W = weight.to(x.dtype)
         w = (targets != IGNORE).float()
         if weights is not None:

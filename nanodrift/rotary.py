@@ -59,7 +59,8 @@ class RotaryEmbedding(nn.Module):
         if angles.dim() == 5 and len(angles) == 1:
             angles = angles[0]
         angles = angles.contiguous()
-        return rotate(q, angles), rotate(k, angles)
+        turn = rotate if q.device.type == 'cpu' else plain_rotate  # which compilers of GPUs fuse
+        return turn(q, angles), turn(k, angles)
 
 
 def local_attention_biases(rates, strength):
