@@ -6,6 +6,7 @@ Speed and memory of training and of generation, alone or side by side with a nan
     python bench.py --against=../nanoGPT --part=loss --steps=300 --data=data/tinystories     do both learn the same?
     python bench.py --part=types --vocab_size=256 --block_size=512                           what do the model types cost?
     python bench.py --part=refine --block_size=64                                            refinement, left to right
+    python bench.py --part=plan --batch_size=12                                              what large models need
 
 Both sides get the same sizes, the same initial weights and the same batches, and take turns within one run: on a shared
 machine only the ratios of such a run mean anything. nanoGPT runs as its README runs it on this kind of device: eager in
@@ -23,12 +24,13 @@ from functools import partial
 
 import torch
 
-from model import GPT, TYPES, GPTConfig
+from model import GPT, TYPES, Generator, GPTConfig
+from nanodrift import plan
 from nanodrift.data import Windows, derive_seed, load_meta
 from nanodrift.kernels import padded_vocab_size
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, one_of, option, read_values, run, split_numbers
-from nanodrift.variants import variants_of
+from nanodrift.variants import first_of_each_type, variants_of
 
 SIZES = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 256, 'bias': False}  # where the command line is silent
 
@@ -38,8 +40,8 @@ class BenchConfig:
     """What to measure, and how often."""
     against: str = option('', 'path of a nanoGPT checkout to measure side by side')
     part: str = option('speed', "what to measure: 'speed' is 'train' and 'generate'; 'types' trains all variants; "
-                       "'refine' generates by diffusion and by gpt2",
-                       ('speed', 'train', 'generate', 'loss', 'types', 'refine'))
+                       "'refine' generates by diffusion and by gpt2; 'plan' reckons what large models need",
+                       ('speed', 'train', 'generate', 'loss', 'types', 'refine', 'plan'))
     max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each', items=int,
                            at_least=1)
     batch_size: int = option(16, 'examples per training step', at_least=1)
@@ -318,6 +320,47 @@ def report(title, times, tokens, unit_flops=None, peak=None):
     return rows
 
 
+def model_of(changes, **sizes):
+    """The GPTConfig of a variant, and the GPTConfig of its encoder."""
+    encoder = GPTConfig(**sizes)
+    c = replace(encoder, **changes, **{'encoder': 'planned'} if changes.get('model_type') == 'drifting' else {})
+    return c, encoder if c.has_encoder else None
+
+
+def small_model(changes, n_layer):
+    """A model of a variant that is run to see what it keeps."""
+    c, encoder = model_of(changes, n_layer=n_layer, n_head=1, n_embd=64, block_size=64, vocab_size=128)
+    return GPT(c, GPT(encoder).eval() if encoder else None)
+
+
+def plan_row(changes, size, tokens):
+    """What a variant needs at a size of GPT-2, with steps of so many tokens on each GPU."""
+    n_layer, n_head, n_embd = plan.SIZES[size]
+    c, encoder = model_of(changes, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    with torch.device('meta'):
+        model = Generator(c) if encoder else GPT(c)
+        frozen = GPT(encoder).num_params() if encoder else 0
+    params = sum(p.numel() for p in model.parameters())
+    attention = 12 * c.n_layer * c.n_embd * c.block_size  # of the generator; the encoder runs forward three times, back once
+    flops = 6 * params + attention + 8 * frozen + 4 * attention // 3 if encoder else model.flops_per_token()
+    kept = plan.KeptPerToken.of(partial(small_model, changes), 64, 64)
+    return plan.row(params, frozen, flops, kept, c, tokens)
+
+
+def report_plan(config):
+    """Prints what each type needs at the sizes of GPT-2; returns {size: {type: numbers}}."""
+    names = config.variants.split(',') if config.variants else first_of_each_type(variants_of(TYPES))
+    tokens, result = config.batch_size * GPTConfig.block_size, {}
+    for size in plan.SIZES:
+        print(f'\n{size}, {tokens:,} tokens on each GPU in a step; arithmetic, not run on a GPU\n{plan.HEAD}')
+        result[size] = {}
+        for name in names:
+            changes = variants_of(TYPES)[one_of('variants', name, variants_of(TYPES))]
+            result[size][name] = plan_row(changes, size, tokens)
+            print(plan.line(name, result[size][name]), flush=True)
+    return result
+
+
 def side_names(config):
     """Which sides take part."""
     if config.part == 'refine':
@@ -362,6 +405,9 @@ def measure(config, c, sides, device, dtype, peak):
 def main(argv):
     values, _ = read_values(argv, BenchConfig, GPTConfig, description=__doc__)
     config, c = build(SIZES | values, BenchConfig, GPTConfig)
+    if config.part == 'plan':
+        print(json.dumps(report_plan(config)))
+        return
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch._dynamo.config.recompile_limit = 8 * len(BENCHED)  # all types compile the same code
