@@ -2,6 +2,8 @@
 #   python prepare.py tinystories --tokenizer=bpe:4096
 #   python train.py config/train_blocks_tinystories.py
 #   python generate_diffusion.py --out_dir=out-blocks-tinystories --start="Once upon a time" --max_new_tokens=200
+# Measured on an excerpt of 2,961 stories (one seed, commit 18087cf, LOG.md "What came of blocks"): validation loss over the
+# whole split, an upper bound, 3.597; one block of 64 4.001; gpt2 with the same settings 2.993. The rate is not tuned.
 out_dir = 'out-blocks-tinystories'
 dataset = 'tinystories_bpe4096'
 model_type = 'diffusion'
