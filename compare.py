@@ -29,7 +29,7 @@ from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
 from nanodrift.variants import first_of_each_type, variants_of
-from train import DIVERGED, TrainConfig, read_settings
+from train import TrainConfig, read_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
@@ -209,9 +209,7 @@ def plan_one(config, name, variant, seed, folder):
 
 def last_state(folder):
     """The last checkpoint of a run's folder; None where there is none yet."""
-    if not os.path.exists(os.path.join(folder, checkpoint.FILES['last'])):
-        return None
-    return checkpoint.load(checkpoint.find(folder, 'last'))
+    return checkpoint.load_last(folder) if checkpoint.holds_run(folder) else None
 
 
 def finished(folder, state, max_iters):
@@ -237,9 +235,9 @@ def check_same_settings(folder, state, words):
         raise UserError(f'{folder} holds a run with {"; ".join(differing)}: name another folder with --out_dir')
 
 
-def call(config, words):
-    """Runs train.py with these words, passing signals on to it. Returns False if the run diverged, True after success; ends
-    with its exit code if it fails otherwise or was stopped."""
+def call(config, words, folder):
+    """Runs train.py with these words, passing signals on to it. Returns False if the run in this folder diverged, True after
+    success; ends with its exit code if it fails otherwise or was stopped."""
     command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
     print('\n$ ' + shlex.join(command), flush=True)
 
@@ -256,7 +254,7 @@ def call(config, words):
             signal.signal(number, handler)
     if stopped and code <= 0:
         code = 128 + stopped[0]
-    if code not in (0, DIVERGED):
+    if code and (stopped or not report.diverged(folder)):  # torchrun has an exit code of its own
         raise SystemExit(code if code > 0 else 128 - code)
     return code == 0
 
@@ -275,7 +273,7 @@ def iterations(config, planned, measure=False):
     if not finished(trial, state, TRIAL):
         if not measure:
             return None
-        if not call(config, words):
+        if not call(config, words, trial):
             return 0
     speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
     return max(1, round(config.seconds * speed / planned.tokens_per_iter))
@@ -297,7 +295,8 @@ def train_one(config, planned):
     words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
     check_same_settings(planned.folder, state, words)
     if not finished(planned.folder, state, max_iters):
-        if not call(config, words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}']):
+        words_now = words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}']
+        if not call(config, words_now, planned.folder):
             return None
     return shlex.join([*(config.launcher if config.launch else ['python']), 'train.py', *words])
 

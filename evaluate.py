@@ -390,13 +390,12 @@ def main(argv):
     config, draw_config, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
-    ranks = setup_ranks(config.device, config.backend, timeout=1800)
-    likelihoods, samples = evaluate(config, draw_config, ranks)
-    if ranks.first:
-        print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)
-        with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
-            draw_reliability(config, likelihoods)
-    ranks.leave()
+    with setup_ranks(config.device, config.backend, timeout=1800) as ranks:
+        likelihoods, samples = evaluate(config, draw_config, ranks)
+        if ranks.first:
+            print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)
+            with redirect_stdout(sys.stderr):  # the last line of stdout is what scripts read
+                draw_reliability(config, likelihoods)
 
 
 if __name__ == '__main__':

@@ -103,12 +103,11 @@ class TrainConfig:
 
 
 class Diverged(SystemExit):
-    """A run whose loss is no number. Ends the process with one line and exit code DIVERGED, by which a script can tell."""
+    """A run whose loss is no number. Ends the process with exit code DIVERGED, by which a script can tell."""
 
     def __init__(self, message):
         super().__init__(message)
         self.code = DIVERGED
-        print(message, file=sys.stderr)
 
 
 class Trainer:
@@ -235,8 +234,15 @@ class Trainer:
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             return
-        raise Diverged(f'train.py: loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the '
-                       f'update, checkpoints untouched; try a lower --learning_rate or --dtype=float32')
+        self._diverge(f'loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the update, '
+                      'checkpoints untouched; try a lower --learning_rate or --dtype=float32')
+
+    def _diverge(self, what):
+        """Ends the run with one line. The last one of metrics.jsonl says it too, since torchrun hides the exit code."""
+        if self.log:
+            self.log.diverged()
+            print(f'train.py: {what}', file=sys.stderr)
+        raise Diverged(what)
 
     def _checkpoint_and_evaluate(self):
         """Saves before evaluating, so that a failing evaluation loses nothing; saves again when the loss is the best so
@@ -250,9 +256,11 @@ class Trainer:
             others = {f'val_{name}': value for name, value in val.items() if name != metric}
             self.log.evaluation({'train_loss': train[metric], 'val_loss': val[metric], **others})
         if not math.isfinite(val[metric]):
-            happened = checkpoint.fall_back(self.config.out_dir) if self.ranks.first and keep else 'stopped'
-            raise Diverged(f'train.py: the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; '
-                           'try a lower --learning_rate')
+            happened = 'stopped'
+            if self.ranks.first and keep:
+                happened = checkpoint.fall_back(self.config.out_dir, self.iter_num)
+            self._diverge(f'the validation loss is {val[metric]} after iteration {self.iter_num}: {happened}; try a lower '
+                          '--learning_rate')
         self.evaluated_iter = self.iter_num
         if keep and val[metric] < self.best_val_loss:
             self.best_val_loss = val[metric]
@@ -571,7 +579,7 @@ def read_settings(argv):
     if values.get('init_from') == 'auto':
         values['init_from'] = 'resume' if checkpoint.holds_run(out_dir) else 'scratch'
     if values.get('init_from') == 'resume':
-        state = checkpoint.load(checkpoint.find(out_dir, 'last'))
+        state = checkpoint.load_last(out_dir)
         if state.get('experiment'):
             raise UserError(f'{out_dir} is a run of train_diffusion_attention.py: go on with that, --resume={out_dir}')
         values = state['config'] | values
@@ -592,14 +600,15 @@ def check_folder(config, model_config, resumed):
 
 def train(config, model_config, resumed=None):
     """Trains as the two configs say. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
-    ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
-    with checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext():
+    with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
+            checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext():
         if ranks.first:
             check_folder(config, model_config, resumed)
-        ranks.wait()
-        code = Trainer(config, model_config, ranks, resumed).train()
-    ranks.leave()
-    return code
+        starts = ranks.gather(resumed and (resumed['run_id'], resumed['iter_num']))
+        if len(set(starts)) > 1:
+            raise UserError(f'the ranks find different checkpoints in out_dir={config.out_dir}: it must be one folder that '
+                            'all machines share')
+        return Trainer(config, model_config, ranks, resumed).train()
 
 
 def main(argv):

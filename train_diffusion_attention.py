@@ -141,7 +141,7 @@ def train_config(c):
     name = c.exp_name or f'{c.model}_{time.strftime("%Y%m%d_%H%M%S")}'
     length = dict(max_iters=c.max_iters) if c.max_iters else dict(num_epochs=c.epochs)
     out_dir = c.resume or os.path.join(c.log_dir, name)
-    if not c.resume and os.path.exists(os.path.join(out_dir, checkpoint.FILES['last'])):
+    if not c.resume and checkpoint.holds_run(out_dir):
         raise UserError(f'{out_dir} holds a run: --resume={out_dir} goes on with it, another --exp_name starts a new one')
     return TrainConfig(
         out_dir=out_dir, init_from='resume' if c.resume else 'scratch',
@@ -182,7 +182,7 @@ def read_settings(argv):
     values, _ = read_values(with_none(argv), ExperimentConfig, description=__doc__)
     if not values.get('resume'):
         return build(values, ExperimentConfig)[0], None
-    state = checkpoint.load(checkpoint.find(values['resume'], 'last'))
+    state = checkpoint.load_last(values['resume'])
     before = state.get('experiment')
     if not before:
         raise UserError(f"resume={values['resume']!r} was not made by this script, or by an older one of it")
@@ -197,14 +197,13 @@ def main(argv):
     c, resumed = read_settings(argv)
     config = train_config(c)
     meta = load_meta(os.path.join(config.data_dir, config.dataset))
-    ranks = setup_ranks(config.device, config.backend, config.ddp_timeout)
     objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
-    with checkpoint.lock(config.out_dir) if ranks.first else nullcontext():
+    with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
+            checkpoint.lock(config.out_dir) if ranks.first else nullcontext():
         trainer = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''})
         code = trainer.train()
         if ranks.first:
             finish(config.out_dir)
-    ranks.leave()
     return code
 
 

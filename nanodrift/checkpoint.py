@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 
 import torch
 
@@ -52,9 +54,14 @@ def save(out_dir, state, names):
         os.close(folder)
 
 
+def checkpoints(out_dir):
+    """The paths of all checkpoints in a folder, the newest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(out_dir), 'ckpt*.pt')), key=os.path.getmtime, reverse=True)
+
+
 def holds_run(out_dir):
-    """Whether a folder has the last checkpoint of a run."""
-    return os.path.exists(os.path.join(out_dir, FILES['last']))
+    """Whether a folder has a checkpoint of a run."""
+    return bool(checkpoints(out_dir))
 
 
 def remove_run(out_dir):
@@ -83,9 +90,10 @@ def lock(out_dir):
         try:
             yield
         finally:
-            if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
-                os.remove(path)
-                os.rmdir(out_dir)
+            with contextlib.suppress(FileNotFoundError):  # somebody may have removed the folder
+                if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
+                    os.remove(path)
+                    os.rmdir(out_dir)
 
 
 def forget_best(out_dir):
@@ -95,10 +103,12 @@ def forget_best(out_dir):
         os.remove(path)
 
 
-def fall_back(out_dir):
+def fall_back(out_dir, iter_num):
     """Makes the best checkpoint of `out_dir` the last one too, if there is one, and removes the last one if not: its
-    weights are no numbers. Says in words what it did."""
+    weights, those of this iteration, are no numbers. Says in words what it did."""
     best, last = (os.path.join(out_dir, FILES[name]) for name in ('best', 'last'))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(kept_path(out_dir, iter_num))
     if os.path.exists(best):
         hard_link(best, last)
         return 'the last checkpoint is the best one again'
@@ -108,7 +118,11 @@ def fall_back(out_dir):
 
 def keep(out_dir, iter_num):
     """Gives the last checkpoint of `out_dir` a further name, which later checkpoints do not take."""
-    hard_link(os.path.join(out_dir, FILES['last']), os.path.join(out_dir, f'ckpt_{iter_num:06d}.pt'))
+    hard_link(os.path.join(out_dir, FILES['last']), kept_path(out_dir, iter_num))
+
+
+def kept_path(out_dir, iter_num):
+    return os.path.join(out_dir, f'ckpt_{iter_num:06d}.pt')
 
 
 def hard_link(path, name):
@@ -124,8 +138,9 @@ def hard_link(path, name):
 
 
 def read(path):
-    """The dict that torch.save wrote to `path`, its tensors on the CPU."""
+    """The dict that torch.save wrote to `path`, its tensors on the CPU. Raises UserError where one byte is another."""
     try:
+        check_sums(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}: train one with train.py, or name its folder with --out_dir') from None
@@ -138,6 +153,14 @@ def read(path):
     return state
 
 
+def check_sums(path):
+    """Raises BadZipFile where a file that torch.save wrote is damaged: it holds checksums, but torch.load ignores them."""
+    if zipfile.is_zipfile(path):  # as it is not in PyTorch's format of before 1.6
+        with zipfile.ZipFile(path) as f:
+            if f.testzip():
+                raise zipfile.BadZipFile
+
+
 def load(path):
     """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
     state = read(path)
@@ -145,6 +168,24 @@ def load(path):
     if missing:
         raise UserError(f'{path} is not a readable checkpoint of nanoDrift: it has no {", ".join(missing)}')
     return state
+
+
+def load_last(out_dir):
+    """The last checkpoint of a run's folder. Where it is damaged or missing it is the newest of the others, which is said.
+    Raises UserError where there is none that can be read."""
+    path = find(out_dir, 'last')
+    try:
+        return load(path)
+    except UserError as e:
+        reason = str(e)
+    others = [other for other in checkpoints(out_dir) if other != path]
+    for other in others:
+        with contextlib.suppress(UserError):
+            state = load(other)
+            if os.environ.get('RANK', '0') == '0':
+                print(f'warning: {reason}; going on from {other}, iteration {state["iter_num"]}', file=sys.stderr)
+            return state
+    raise UserError(reason + f', and so is {" and ".join(others)}' * bool(others))
 
 
 def find(out_dir, which='best'):

@@ -3,6 +3,7 @@ The machine a script runs on: device, number type, compiler, and the ranks that 
 """
 import os
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from nanodrift.options import UserError, one_of
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+ROLL_CALL = 5  # seconds in which a rank that is well answers
 
 
 @dataclass
@@ -26,15 +28,36 @@ class Ranks:
     def first(self):
         return self.rank == 0
 
-    def wait(self):
-        """Until all ranks are here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def __enter__(self):
+        return self
 
-    def leave(self):
-        """After success alone: while other ranks may be inside a collective, one that fails must end, not say goodbye."""
-        if dist.is_initialized():
+    def __exit__(self, kind, error, trace):
+        """Says goodbye after success alone: while other ranks may be inside a collective, one that fails must end. Where a
+        collective failed, one line names the ranks that are gone or hang."""
+        if not dist.is_initialized():
+            return
+        if error is None:
             dist.destroy_process_group()
+        elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and 'gloo' in str(error):
+            absent = self._call_roll()
+            who = f'rank {", ".join(map(str, absent))} did not answer' if absent else 'an exchange between ranks failed'
+            print(f'{os.path.basename(sys.argv[0])}: rank {self.rank}: {who}, start all ranks again '
+                  f'({str(error).splitlines()[0]})', file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    def _call_roll(self):
+        """The ranks that do not answer within ROLL_CALL seconds. Each answers for itself, here, when a collective failed."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f'here/{self.rank}', '')
+            until = time.monotonic() + ROLL_CALL
+            while True:
+                absent = [rank for rank in range(self.world_size) if not store.check([f'here/{rank}'])]
+                if not absent or time.monotonic() > until:
+                    return absent
+                time.sleep(0.1)
+        except dist.DistError:  # the store is with rank 0, or with the torchrun that started it
+            return [0]
 
     def sum(self, tensor):
         """The sum of `tensor` over all ranks, on every rank."""
@@ -135,5 +158,9 @@ def setup_ranks(device, backend, timeout):
         torch.cuda.set_device(device)
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except dist.DistError as e:
+        raise UserError(f'the ranks did not meet within {timeout} seconds: are all {os.environ.get("WORLD_SIZE")} of them '
+                        f'started? ({str(e).splitlines()[0]})') from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -15,6 +15,7 @@ import torch
 
 from nanodrift import checkpoint
 from nanodrift.options import UserError
+from nanodrift.tokenizer import write_atomically
 
 matplotlib.use('Agg')  # files only: no window
 import matplotlib.pyplot as plt
@@ -35,9 +36,7 @@ QUALITY = {'classifier': 'classifier', 'classifier_stderr': 'standard error', 'm
 def write_whole(path, text):
     """Writes a file so that a reader never sees half of it. Raises UserError if it cannot."""
     try:
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.replace(path + '.tmp', path)
+        write_atomically(path, text.encode())
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror}') from None
 
@@ -55,6 +54,11 @@ def read_lines(folder):
         return [json.loads(line) for line in text[:text.rfind('\n') + 1].splitlines()]
     except ValueError as e:
         raise UserError(f'{path} is damaged: {e}; remove its folder, and it is trained again') from None
+
+
+def diverged(folder):
+    """Whether the last that a run said of itself is that its loss is no number."""
+    return any(entry.get('diverged') for entry in read_lines(folder)[-1:])
 
 
 def collect(folder, command):

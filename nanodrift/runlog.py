@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nanodrift import checkpoint
 from nanodrift.options import UserError
+from nanodrift.tokenizer import write_atomically
 
 # of an evaluation, on the terminal; everything is in metrics.jsonl
 SHOWN = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_accuracy': 'accuracy',
@@ -65,10 +66,12 @@ class RunLog:
         path = os.path.join(self.config.out_dir, 'config.json')
         if self.config.eval_only and os.path.exists(path):
             return  # it describes the run
-        with open(path, 'w', encoding='utf-8') as f:
-            json.dump(t.settings() | facts | ({'experiment': t.experiment} if t.experiment else {}), f, indent=2)
+        settings = t.settings() | facts | ({'experiment': t.experiment} if t.experiment else {})
+        write_atomically(path, json.dumps(settings, indent=2).encode())
 
     def bytes(self):
+        """The length of metrics.jsonl, which is then on disk: it may not lack what a checkpoint says that it has."""
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
     def _write(self, entry):
@@ -113,6 +116,9 @@ class RunLog:
         self.trainer.say(line)
         if metrics.get('val_collapsed'):
             self.trainer.say('the generator has collapsed: fewer than half of the distinct 2-grams of real text')
+
+    def diverged(self):
+        self._write({'diverged': True})
 
     def close(self):
         self.bar.close()

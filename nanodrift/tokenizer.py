@@ -206,14 +206,20 @@ def download(url, timeout=10):
 
 
 def write_atomically(path, data):
-    """Writes bytes to a temporary file and renames it: a reader never sees half of it."""
+    """Writes bytes to a temporary file and renames it: a reader never sees half of it. Raises OSError if it cannot; an
+    existing file is then unchanged."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
-    with open(temporary, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 @contextlib.contextmanager

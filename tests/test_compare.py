@@ -61,7 +61,7 @@ def calls(monkeypatch):
     """The arguments that train.py is given, in this process: a command for each would take most of the time."""
     given = []
 
-    def call(config, arguments):
+    def call(config, arguments, folder):
         given.append(arguments)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -222,7 +222,7 @@ def judged(place, words):
     """The folder of a finished comparison with a judge."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, 'call', lambda config, arguments: train.main(arguments) == 0)
+        patch.setattr(compare, 'call', lambda config, arguments, folder: train.main(arguments) == 0)
         compare.main(words('judged', '--variants=gpt2', '--seeds=1'))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -357,9 +357,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, words, calls):
 def test_a_variant_that_diverges_is_left_out_and_the_others_go_on(place, words, calls, monkeypatch):
     real = compare.call
 
-    def call(config, arguments):
+    def call(config, arguments, folder):
         if not any('heat_seed1' in word for word in arguments):
-            return real(config, arguments)
+            return real(config, arguments, folder)
         return False
     monkeypatch.setattr(compare, 'call', call)
     compare.main(words('diverging', '--variants=gpt2,heat', '--seeds=1', '--samples=0'))
