@@ -185,7 +185,8 @@ def load_last(out_dir):
             if os.environ.get('RANK', '0') == '0':
                 print(f'warning: {reason}; going on from {other}, iteration {state["iter_num"]}', file=sys.stderr)
             return state
-    raise UserError(reason + f', and so is {" and ".join(others)}' * bool(others))
+    more = f'; neither is {" nor ".join(others)}; start anew in another folder' if others else ''
+    raise UserError(reason + more)
 
 
 def find(out_dir, which='best'):

@@ -3,12 +3,14 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from conftest import FORKS, resume
+from test_train import assert_same_run
 
 import train
 from model import load_model
@@ -93,6 +95,75 @@ def test_truncated_anywhere(trained):
         with pytest.raises(UserError, match='not a readable checkpoint') as e:
             resume(trained)
         one_line(e)
+
+
+def flip(path, place):
+    with open(path, 'r+b') as f:
+        f.seek(place)
+        byte = f.read(1)[0]
+        f.seek(place)
+        f.write(bytes([byte ^ 1 << place % 8]))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """At any place: in the values, in the pickle, in the directory of the file."""
+    state = dict.fromkeys(KEYS, 0) | {'iter_num': 7, 'model': {str(k): torch.randn(400) for k in range(3)}}
+    checkpoint.save(str(tmp_path), state, ['last'])
+    path, noticed = str(tmp_path / 'ckpt.pt'), 0
+    size = os.path.getsize(path)
+    places = random.Random(0).sample(range(size), 300) + list(range(size - 100, size))
+    for place in places:
+        flip(path, place)
+        try:
+            assert same(checkpoint.load(path), state), place
+        except UserError:
+            noticed += 1
+        flip(path, place)
+    assert noticed > len(places) / 2 and same(checkpoint.load(path), state)
+
+
+@pytest.mark.parametrize('damage', [lambda path: flip(path, os.path.getsize(path) // 2),
+                                    lambda path: os.truncate(path, os.path.getsize(path) // 2), os.remove])
+def test_resuming_goes_on_from_the_newest_checkpoint_that_is_whole(tiny, damage, capsys):
+    """The log is cut to what that one knows, so that the run ends as if nothing had been."""
+    overrides = dict(max_iters=6, eval_interval=3, keep_every=2)
+    straight, *rest = tiny(out_dir='straight', **overrides)
+    assert train.train(straight, *rest) == 0
+    config, *rest = tiny(**overrides)
+    assert train.train(config, *rest) == 0
+    for name in ('ckpt.pt', 'ckpt_best.pt', 'ckpt_000006.pt'):
+        path = f'{config.out_dir}/{name}'
+        os.rename(path, path + '.linked')
+        shutil.copyfile(path + '.linked', path)  # they may be one file
+        damage(path)
+    capsys.readouterr()
+    assert train.main([f'--out_dir={config.out_dir}', '--init_from=auto', '--max_iters=6']) == 0
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'ckpt_000004.pt, iteration 4' in said and 'ckpt.pt' in said
+    assert_same_run(straight.out_dir, config.out_dir)
+
+
+def test_no_checkpoint_that_is_whole(trained):
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        os.truncate(f'{trained}/{name}', 100)
+    with pytest.raises(UserError, match='ckpt.pt is not a readable.*ckpt_best.pt') as e:
+        resume(trained)
+    one_line(e)
+
+
+def test_a_checkpoint_of_any_name_is_a_run_to_keep(trained, tiny):
+    """The last one may have been removed because it was damaged, or only the best one copied."""
+    os.remove(f'{trained}/ckpt.pt')
+    before = sorted(os.listdir(trained))
+    with pytest.raises(UserError, match='holds a run'):
+        train.train(*tiny())
+    assert sorted(os.listdir(trained)) == before
 
 
 def garbage():
