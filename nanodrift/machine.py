@@ -23,6 +23,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device('cpu')
+    store: dist.Store = None
 
     @property
     def first(self):
@@ -48,11 +49,10 @@ class Ranks:
     def _call_roll(self):
         """The ranks that do not answer within ROLL_CALL seconds. Each answers for itself, here, when a collective failed."""
         try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f'here/{self.rank}', '')
+            self.store.set(f'here/{self.rank}', '')
             until = time.monotonic() + ROLL_CALL
             while True:
-                absent = [rank for rank in range(self.world_size) if not store.check([f'here/{rank}'])]
+                absent = [rank for rank in range(self.world_size) if not self.store.check([f'here/{rank}'])]
                 if not absent or time.monotonic() > until:
                     return absent
                 time.sleep(0.1)
@@ -158,9 +158,14 @@ def setup_ranks(device, backend, timeout):
         torch.cuda.set_device(device)
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
+    wait = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except dist.DistError as e:
+        store, rank, world_size = next(dist.rendezvous('env://', timeout=wait))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
+            # torchrun keeps its store when it starts the ranks again: they would read the addresses of those that are gone
+            store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    except RuntimeError as e:
         raise UserError(f'the ranks did not meet within {timeout} seconds: are all {os.environ.get("WORLD_SIZE")} of them '
                         f'started? ({str(e).splitlines()[0]})') from None
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(rank, world_size, device, store)

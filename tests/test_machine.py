@@ -1,7 +1,9 @@
 """
 Several ranks, here two processes and gloo on a CPU, must compute what one does.
 """
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from conftest import ROOT, resume
 from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
-from nanodrift.machine import Ranks, setup_ranks
+from nanodrift import options
+from nanodrift.machine import ROLL_CALL, Ranks, setup_ranks
 
 TWO = dict(gradient_accumulation_steps=2)
 
@@ -127,10 +130,93 @@ def test_another_number_of_ranks_can_go_on(command_line, fork_ranks, tmp_path, c
     assert load(str(tmp_path / 'run'))['iter_num'] == 6 and 'number of ranks' in capsys.readouterr().out
 
 
-def torchrun(*args):
+def test_ranks_that_find_different_checkpoints(command_line, fork_ranks, tmp_path):
+    """Machines without a common folder, say: each would go on from its own."""
+    assert train_rank(command_line(max_iters=4, **TWO)) == 0
+    said = finish(fork_ranks(train_rank_in_its_own_folder, command_line(max_iters=6, init_from='auto', **TWO)), tmp_path,
+                  code=2)
+    assert said.count('ranks find different checkpoints') == 2 and 'share' in said
+    assert load(str(tmp_path / 'run'))['iter_num'] == 4
+
+
+def train_rank_in_its_own_folder(argv):
+    machine_name = f'-{os.environ["RANK"]}' * (os.environ['RANK'] != '0')
+    return exit_code([word + machine_name * word.startswith('--out_dir') for word in argv])
+
+
+def exit_code(argv):
+    """What train.py ends with, and says, as a command."""
+    sys.argv = ['train.py', *argv]
+    options.OTHER_RANKS_WAIT = 0
+    options.run(train.main)
+
+
+def test_ranks_that_do_not_meet(command_line, fork_ranks, tmp_path):
+    alone, missing = fork_ranks(exit_code, command_line(ddp_timeout=1))
+    missing.kill()
+    said = finish([alone], tmp_path, code=2)
+    assert 'did not meet within 1 seconds' in said and 'Traceback' not in said, said
+
+
+def stop_rank_1(argv):
+    """Rank 1 stops in the middle of iteration 4, as if it hung."""
+    real = train.Trainer._batch
+
+    def batch(self, micro):
+        if self.iter_num == 3 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(self, micro)
+    train.Trainer._batch = batch
+    return exit_code(argv)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(command_line, fork_ranks, tmp_path):
+    words = command_line(ddp_timeout=2, max_iters=100, **TWO)
+    started = time.monotonic()
+    well, _ = fork_ranks(stop_rank_1, words)
+    said = finish([well], tmp_path, code=1)
+    assert time.monotonic() - started < 2 + ROLL_CALL + 15
+    ours = [line for line in said.splitlines() if line.startswith('train.py: ')]
+    assert len(ours) == 1 and 'rank 0: rank 1 did not answer' in ours[0] and 'Traceback' not in said, said
+
+
+def torchrun(*args, restarts=0):
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                             'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            encoding='utf-8')
+                             f'--max-restarts={restarts}', 'train.py', *args], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, encoding='utf-8')
+
+
+def rank_of(process, rank):
+    """The process id of a rank that torchrun has started, or None."""
+    with open(f'/proc/{process.pid}/task/{process.pid}/children', encoding='utf-8') as f:
+        children = f.read().split()
+    for child in children:
+        with contextlib.suppress(OSError), open(f'/proc/{child}/environ', 'rb') as f:
+            if f'\0RANK={rank}\0'.encode() in b'\0' + f.read():
+                return int(child)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='finds the ranks in /proc')
+@pytest.mark.parametrize('model_type', ['gpt2', 'drifting'])
+def test_torchrun_restarts_a_killed_rank_and_resumes_exactly(command_line, fork_ranks, tmp_path, model_type):
+    """Twice, each of the ranks once, at any moment."""
+    overrides = HARD | dict(model_type=model_type, max_iters=90, eval_interval=10, eval_iters=1, keep_every=20,
+                            init_from='auto', ddp_timeout=60)
+    finish(fork_ranks(train_rank, command_line(out_dir='straight', **overrides)), tmp_path)
+    process = torchrun(*command_line(out_dir='cut', **overrides), restarts=3)
+    for rank, line in ((1, random.randint(15, 40)), (0, random.randint(50, 80))):
+        while lines(tmp_path / 'cut' / 'metrics.jsonl') < line:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        os.kill(rank_of(process, rank), signal.SIGKILL)
+        while lines(tmp_path / 'cut' / 'metrics.jsonl') >= line:  # until the log is cut to what the checkpoint knows
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert_same_run(str(tmp_path / 'straight'), str(tmp_path / 'cut'))
 
 
 @pytest.mark.slow
