@@ -239,6 +239,7 @@ def call(config, words, folder):
     """Runs train.py with these words, passing signals on to it. Returns False if the run in this folder diverged, True after
     success; ends with its exit code if it fails otherwise or was stopped."""
     command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
+    earlier = report.divergence(folder)
     print('\n$ ' + shlex.join(command), flush=True)
 
     def pass_on(number, frame):
@@ -254,7 +255,7 @@ def call(config, words, folder):
             signal.signal(number, handler)
     if stopped and code <= 0:
         code = 128 + stopped[0]
-    if code and (stopped or not report.diverged(folder)):  # torchrun has an exit code of its own
+    if code and (stopped or report.divergence(folder) in (None, earlier)):  # torchrun has an exit code of its own
         raise SystemExit(code if code > 0 else 128 - code)
     return code == 0
 

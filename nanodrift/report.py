@@ -56,9 +56,10 @@ def read_lines(folder):
         raise UserError(f'{path} is damaged: {e}; remove its folder, and it is trained again') from None
 
 
-def diverged(folder):
-    """Whether the last that a run said of itself is that its loss is no number."""
-    return any(entry.get('diverged') for entry in read_lines(folder)[-1:])
+def divergence(folder):
+    """When a run wrote, as its last line, that its loss is no number; None if it did not."""
+    if any(entry.get('diverged') for entry in read_lines(folder)[-1:]):
+        return os.stat(os.path.join(folder, 'metrics.jsonl')).st_mtime_ns
 
 
 def collect(folder, command):

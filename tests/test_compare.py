@@ -367,3 +367,17 @@ def test_a_variant_that_diverges_is_left_out_and_the_others_go_on(place, words, 
     assert [row['variant'] for row in found['rows']] == ['gpt2'] and found['facts']['diverged, left out'] == 'heat, seed 1'
     with pytest.raises(UserError, match='all runs diverged'):
         compare.main(words('nothing', '--variants=heat', '--seeds=1', '--samples=0'))
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_hide_that_a_run_diverged(place, words):
+    """Its exit code is its own. What fails for another reason ends the comparison."""
+    launch = f'{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2'
+    config, _ = compare.configure(words('torchrun', f'--launch={launch}'), compare.CompareConfig)
+    folder = str(place / 'torchrun' / 'run')
+    arguments = [f'{place}/recipe.py', '--dataset=text_bpe280', f'--data_dir={place}', '--device=cpu', '--max_iters=8',
+                 '--gradient_accumulation_steps=2', f'--out_dir={folder}']
+    assert compare.call(config, [*arguments, '--learning_rate=1e30', '--warmup_iters=0'], folder) is False
+    assert json.loads(open(f'{folder}/metrics.jsonl', encoding='utf-8').readlines()[-1])['diverged']
+    with pytest.raises(SystemExit):
+        compare.call(config, [*arguments, '--gradient_accumulation_steps=3', '--overwrite=True'], folder)
