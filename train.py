@@ -412,7 +412,7 @@ class Trainer:
         if state['scaler']:  # empty where the run was not in float16 before
             self.scaler.load_state_dict(state['scaler'])
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
-        self.evaluated_iter, self.saved_iter = state['evaluated_iter'], state['iter_num']
+        self.evaluated_iter, self.saved_iter = state['evaluated_iter'], -1 if 'stands_in' in state else state['iter_num']
         self.run_id, self.parents = state['run_id'], state['parents']
         before = state['config']  # runs of before did not count examples
         per_iter = before['batch_size'] * before['gradient_accumulation_steps']

@@ -171,8 +171,8 @@ def load(path):
 
 
 def load_last(out_dir):
-    """The last checkpoint of a run's folder. Where it is damaged or missing it is the newest of the others, which is said.
-    Raises UserError where there is none that can be read."""
+    """The last checkpoint of a run's folder. Where it is damaged or missing, this says so and returns the newest of the
+    others, with a key 'stands_in'. Raises UserError where none can be read."""
     path = find(out_dir, 'last')
     try:
         return load(path)
@@ -184,7 +184,7 @@ def load_last(out_dir):
             state = load(other)
             if os.environ.get('RANK', '0') == '0':
                 print(f'warning: {reason}; going on from {other}, iteration {state["iter_num"]}', file=sys.stderr)
-            return state
+            return state | {'stands_in': True}
     more = f'; neither is {" nor ".join(others)}; start anew in another folder' if others else ''
     raise UserError(reason + more)
 

@@ -147,6 +147,9 @@ def test_resuming_goes_on_from_the_newest_checkpoint_that_is_whole(tiny, damage,
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and 'ckpt_000004.pt, iteration 4' in said and 'ckpt.pt' in said
     assert_same_run(straight.out_dir, config.out_dir)
+    os.remove(f'{config.out_dir}/ckpt.pt')  # now the best one is that of the last iteration: nothing is left to train
+    assert resume(config.out_dir) == 0
+    assert_same_run(straight.out_dir, config.out_dir)
 
 
 def test_no_checkpoint_that_is_whole(trained):

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -120,6 +121,32 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, fork):
     process.join()
     with checkpoint.lock(str(tmp_path / 'run')):
         pass
+
+
+def test_a_folder_that_is_removed_during_a_run_is_one_line(tiny, monkeypatch):
+    config, *rest = tiny()
+    real = Trainer.evaluate
+
+    def evaluate(self, split):
+        shutil.rmtree(config.out_dir, ignore_errors=True)
+        return real(self, split)
+    monkeypatch.setattr(Trainer, 'evaluate', evaluate)
+    with pytest.raises(UserError, match='cannot write a checkpoint'):
+        train.train(config, *rest)
+
+
+def test_settings_that_cannot_be_written_leave_the_former(tiny, monkeypatch):
+    """config.json, where the disk is full just then."""
+    config, *rest = tiny()
+    assert train.train(config, *rest) == 0
+    before = contents(config.out_dir)
+
+    def replace(*paths):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(UserError, match='No space left'):
+        resume(config.out_dir, '--max_iters=9')
+    assert contents(config.out_dir) == before
 
 
 def test_evaluating_other_weights_leaves_no_line_in_a_run(command_line, settings):
