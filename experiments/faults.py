@@ -267,7 +267,7 @@ def data_gone(place, i):
 
 
 def torchrun(place, name, way='gpt2', **more):
-    words = place.words(way, name, gradient_accumulation_steps=2, **more)
+    words = place.words(way, name, **more)
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                              '--max-restarts=3', train.__file__, *words], stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, encoding='utf-8', env=os.environ | {'OMP_NUM_THREADS': '1'})

@@ -20,7 +20,7 @@ def may_mount():
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    faults.FORKS.set_forkserver_preload(['train', 'conftest'])
+    faults.FORKS.set_forkserver_preload(['conftest', 'experiments.faults'])
     return faults.Place(str(tmp_path_factory.mktemp('faults')), int.from_bytes(os.urandom(4)))
 
 
