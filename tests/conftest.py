@@ -33,7 +33,7 @@ import train
 from model import TYPES, GPTConfig
 
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['train', 'conftest'])
+FORKS.set_forkserver_preload(['train', 'conftest', 'torch._dynamo'])  # which AdamW imports, in seconds
 
 TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1, device='cpu',
             dtype='float32', compile=False, block_size=16, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2)

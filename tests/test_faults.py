@@ -20,7 +20,7 @@ def may_mount():
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    faults.FORKS.set_forkserver_preload(['conftest', 'experiments.faults'])
+    faults.FORKS.set_forkserver_preload(['conftest', 'experiments.faults', 'torch._dynamo'])
     return faults.Place(str(tmp_path_factory.mktemp('faults')), int.from_bytes(os.urandom(4)))
 
 
@@ -40,6 +40,7 @@ def test_runs_survive(place, monkeypatch, capsys, name):
 
 
 @LINUX
+@pytest.mark.slow
 def test_what_is_lost_is_noticed(place):
     """A line of the log that is missing, and weights that are others."""
     straight, _ = place.reference('gpt2')
