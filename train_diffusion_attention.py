@@ -25,7 +25,7 @@ from nanodrift.machine import setup_ranks
 from nanodrift.metrics import Calibration, Mean, over_chunks, predictions, summarize
 from nanodrift.objectives import IGNORE, NEXT_TOKEN, ignoring, sequence_positions
 from nanodrift.options import UserError, build, check_options, option, read_values, run
-from nanodrift.tokenizer import tokenizer_from_meta
+from nanodrift.tokenizer import tokenizer_from_meta, write_atomically
 from train import TrainConfig, Trainer
 
 MODELS = ('standard', 'diffusion_fixed', 'diffusion_adaptive')
@@ -157,8 +157,11 @@ def finish(out_dir):
         entries = [json.loads(line) for line in f]
     evaluations = [entry for entry in entries if 'val_loss' in entry]
     names = dict.fromkeys(name for entry in evaluations for name in entry)
-    with open(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
-        json.dump({name: [entry.get(name) for entry in evaluations] for name in names}, f, indent=1)
+    path, columns = os.path.join(out_dir, 'metrics.json'), {name: [e.get(name) for e in evaluations] for name in names}
+    try:
+        write_atomically(path, json.dumps(columns, indent=1).encode())
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from None
     checkpoint.hard_link(checkpoint.find(out_dir, 'best'), os.path.join(out_dir, 'best_model.pt'))
     checkpoint.hard_link(checkpoint.find(out_dir, 'last'), os.path.join(out_dir, 'final_model.pt'))
 

@@ -35,7 +35,7 @@ FORKS = multiprocessing.get_context('forkserver')
 PRELOAD = ['train', 'evaluate', 'prepare', 'export', 'torch._dynamo']  # the last one AdamW imports, in seconds
 WAYS = variants_of(TYPES) | {'token drift': {'model_type': 'diffusion', 'diffusion_objective': 'drift'}}
 DRIFTING = {'drift_positives': 2, 'drift_prefix': 3, 'drift_features': 'both'}
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, max_iters=40, eval_interval=5, eval_iters=2,
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, max_iters=40, eval_interval=5, eval_iters=2,
             log_interval=1, keep_every=10, learning_rate=1e-2, ema=0.9, device='cpu', dtype='float32', compile=False,
             dataset='words_byte', init_from='auto')
 STATE = ('model', 'ema', 'optimizer', 'scaler', 'iter_num', 'best_val_loss', 'random_states', 'examples_seen')

@@ -43,7 +43,7 @@ def save(out_dir, state, names):
         for other in others:
             hard_link(temporary, other)
         os.replace(temporary, final)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, UserError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); an existing checkpoint there '
@@ -74,7 +74,7 @@ def remove_run(out_dir):
 @contextlib.contextmanager
 def lock(out_dir):
     """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Raises
-    UserError where another run has it. Windows has no flock, and there nothing is locked."""
+    UserError where another run has it. Where there is no flock, as on Windows, nothing is locked."""
     path = os.path.join(out_dir, '.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -87,6 +87,8 @@ def lock(out_dir):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
+            except OSError:  # some network file systems have no locks
+                pass
         try:
             yield
         finally:
@@ -126,15 +128,18 @@ def kept_path(out_dir, iter_num):
 
 
 def hard_link(path, name):
-    """Makes `name` the same file as `path`, in one step."""
+    """Makes `name` the same file as `path`, in one step. Raises UserError if it cannot."""
     link = name + '.tmp'
-    if os.path.exists(link):
-        os.remove(link)
     try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, link)
-    os.replace(link, name)
+        if os.path.exists(link):
+            os.remove(link)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, name)
+    except OSError as e:
+        raise UserError(f'cannot write {name}: {e.strerror}') from None
 
 
 def read(path):

@@ -71,15 +71,21 @@ class RunLog:
 
     def bytes(self):
         """The length of metrics.jsonl, which is then on disk: it may not lack what a checkpoint says that it has."""
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as e:
+            raise self._cannot_write(e) from None
         return self.file.tell()
+
+    def _cannot_write(self, error):
+        return UserError(f'cannot write to {self.file.name}: {error.strerror}; the checkpoints are untouched')
 
     def _write(self, entry):
         entry = {'iter': self.trainer.iter_num, **entry}
         try:
             self.file.write((json.dumps(finite(entry)) + '\n').encode())
         except OSError as e:
-            raise UserError(f'cannot write to {self.file.name}: {e.strerror}; the checkpoints are untouched') from None
+            raise self._cannot_write(e) from None
         if self.wandb:
             try:
                 self.wandb.log(entry, step=self.trainer.iter_num)

@@ -309,6 +309,21 @@ def test_a_full_disk(fork, tmp_path):
     assert sorted(os.listdir(tmp_path / 'run')) == ['ckpt.pt', 'ckpt_best.pt']
 
 
+def test_a_full_disk_without_hard_links(tmp_path, monkeypatch):
+    """The best checkpoint, or one that is kept, is then a copy, for which there may be no room."""
+    checkpoint.save(str(tmp_path), state_number(1), ['best', 'last'])
+
+    def fail(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'link', fail)
+    monkeypatch.setattr(shutil, 'copyfile', fail)
+    for write in (lambda: checkpoint.save(str(tmp_path), state_number(2), ['best', 'last']),
+                  lambda: checkpoint.keep(str(tmp_path), 2)):
+        with pytest.raises(UserError, match='cannot write.*No space left'):
+            write()
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'ckpt_best.pt'] and number_of(tmp_path / 'ckpt.pt') == 1
+
+
 def test_a_folder_that_is_gone(tmp_path):
     with pytest.raises(UserError, match='nowhere') as e:
         checkpoint.save(str(tmp_path / 'nowhere'), state_number(1), ['last'])

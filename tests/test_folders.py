@@ -104,6 +104,13 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path, command_line):
     assert start(command_line) == 0
 
 
+def test_a_file_system_without_locks(tmp_path, command_line, monkeypatch):
+    def flock(*args):
+        raise OSError(95, 'Operation not supported')
+    monkeypatch.setattr(checkpoint.fcntl, 'flock', flock)
+    assert start(command_line, max_iters=2) == 0
+
+
 def hold(folder):
     with checkpoint.lock(folder):
         with open(os.path.join(folder, 'held'), 'w', encoding='utf-8'):
