@@ -23,7 +23,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device('cpu')
-    store: dist.Store = None
+    store: object = None  # where ranks meet
 
     @property
     def first(self):
@@ -166,6 +166,7 @@ def setup_ranks(device, backend, timeout):
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     except RuntimeError as e:
-        raise UserError(f'the ranks did not meet within {timeout} seconds: are all {os.environ.get("WORLD_SIZE")} of them '
-                        f'started? ({str(e).splitlines()[0]})') from None
+        reason, number = str(e).splitlines()[0], os.environ.get('WORLD_SIZE')
+        raise UserError(f'the ranks did not meet ({reason}): start all {number} within {timeout} seconds, with a --backend '
+                        'that this machine has') from None
     return Ranks(rank, world_size, device, store)
