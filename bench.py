@@ -158,8 +158,11 @@ def batches(config, model_config, device, split='train'):
     B, T = config.batch_size, model_config.block_size
     windows = None
     if config.data:
-        windows = Windows(os.path.join(config.data, f'{split}.bin'), load_meta(config.data)['dtype'], T + 1, T, 'random',
-                          config.seed)
+        meta = load_meta(config.data)
+        if meta['vocab_size'] > model_config.vocab_size:
+            raise UserError(f"data={config.data} has a vocabulary of {meta['vocab_size']}: --vocab_size={meta['vocab_size']}")
+        windows = Windows(os.path.join(config.data, f'{split}.bin'), meta['dtype'], T + 1, T, 'random', config.seed,
+                          vocab_size=meta['vocab_size'])
     number = 0
     while True:
         rng = torch.Generator().manual_seed(derive_seed(config.seed, number))

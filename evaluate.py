@@ -146,7 +146,8 @@ def likelihood(config, entry, ranks, dtype):
     if objective.val_metric not in ('loss', 'nelbo'):
         return {}
     bound = objective.val_metric == 'nelbo'
-    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], objective.window(T), config.stride or T)
+    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], objective.window(T), config.stride or T,
+                      vocab_size=meta['vocab_size'])
     measured = over_windows(
         windows, windows.spread(config.windows or len(windows)),
         config.batch_size or entry.state['config'].get('batch_size', 8), objective.eval_batch or objective.make_batch,

@@ -90,10 +90,10 @@ def parse_template(text, encode, model_config):
     mask, (most, limit) = model_config.vocab_size, room(model_config)
     ids, end = [], 0
     for gap in OPEN.finditer(text):
-        count = int(gap[1] or 1) if gap[0].startswith('[') else len(gap[0])
+        count = float(gap[1] or 1) if gap[0].startswith('[') else len(gap[0])  # int() refuses thousands of digits
         if not 0 < count <= most:
             raise UserError(f'{gap[0]} must be at least one token, and at most {limit}')
-        ids += encode(text[end:gap.start()]) + [mask] * count
+        ids += encode(text[end:gap.start()]) + [mask] * int(count)
         end = gap.end()
     if mask not in ids:
         raise UserError('the template has no gap: write [MASK:12] for twelve tokens, or ____ for four')

@@ -313,7 +313,8 @@ class Trainer:
         block_size = self.model.config.block_size
         stride = c.stride if split == 'train' and c.stride else block_size
         limit = c.max_tokens if split == 'train' else c.max_tokens // 10
-        return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed, limit)
+        return Windows(path, self.meta['dtype'], self.objective.window(block_size), stride, c.data_order, c.seed, limit,
+                       self.meta['vocab_size'])
 
     def _build_model(self, model_config, resumed):
         """A new model: randomly initialised, or with weights copied from init_from. On resume its weights are loaded

@@ -136,7 +136,7 @@ def main(argv):
     if not round(config.share * T):
         raise UserError(f'share={config.share} of {T} tokens is none: at least {1 / T:.3g}')
     folder, meta = evaluate.data_of(config, entry)
-    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T, T)
+    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T, T, vocab_size=meta['vocab_size'])
     rows = measure(model, windows, config, refine_config)
     table = Table(title=f'replaced tokens in windows of {T}', title_justify='left')
     for name in ('replaced', 'looked for by', *COLUMNS.values()):

@@ -91,7 +91,7 @@ def main(argv):
     make_batch = NEXT_TOKEN.make_batch
     if c.ignore_text:
         make_batch = ignoring(make_batch, tokenizer_from_meta(meta['tokenizer']).encode(c.ignore_text))
-    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T + 1, T)
+    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], T + 1, T, vocab_size=meta['vocab_size'])
     offsets = torch.tensor(windows.spread(c.windows or len(windows)))
     if len(offsets) < 2:
         raise UserError(f'one window cannot be halved: {folder} needs more validation text, or --windows=2 and more')

@@ -82,12 +82,12 @@ class Windows:
 
     order 'epoch': every example once per epoch, each epoch in a seeded order of its own. 'random': uniform offsets.
     `limit`, where it is not 0, is how many tokens of the file are used.
-    Raises UserError where the file holds less than one window.
+    Raises UserError where the file holds less than one window, and where an id that is read is not below `vocab_size`.
     """
 
-    def __init__(self, path, dtype, window, stride, order='epoch', seed=0, limit=0):
+    def __init__(self, path, dtype, window, stride, order='epoch', seed=0, limit=0, vocab_size=2 ** 32):
         self.dtype, self.window, self.stride, self.seed = np.dtype(dtype).newbyteorder('<'), window, stride, seed
-        self.order = one_of('data_order', order, ORDERS)
+        self.order, self.vocab_size = one_of('data_order', order, ORDERS), vocab_size
         if not os.path.isfile(path):
             raise UserError(f'{path} is missing: prepare the data set again')
         self.file = open(path, 'rb', buffering=0)  # read piece by piece: a mapping would count as memory in use
@@ -122,6 +122,7 @@ class Windows:
             self.file.seek(int(offset) * self.dtype.itemsize)
             if self.file.readinto(row) != row.nbytes:
                 raise UserError(f'{self.file.name} ended early: was it changed while it was read?')
+        check_ids(batch, self.vocab_size, self.file.name)
         return torch.from_numpy(batch.astype(np.int64))
 
     def spread(self, count):
@@ -132,8 +133,16 @@ class Windows:
 
 def read_tokens(folder, split, meta, count=-1):
     """The first `count` token ids of a split, or all of them, as an int64 array."""
-    dtype = np.dtype(meta['dtype']).newbyteorder('<')
-    return np.fromfile(os.path.join(folder, f'{split}.bin'), dtype=dtype, count=count).astype(np.int64)
+    dtype, path = np.dtype(meta['dtype']).newbyteorder('<'), os.path.join(folder, f'{split}.bin')
+    ids = np.fromfile(path, dtype=dtype, count=count)
+    check_ids(ids, meta['vocab_size'], path)
+    return ids.astype(np.int64)
+
+
+def check_ids(ids, vocab_size, path):
+    """Raises UserError where a file holds an id beyond the vocabulary: it would crash, or train what has no text."""
+    if ids.size and ids.max() >= vocab_size:
+        raise UserError(f'{path} holds the id {ids.max()}, and the vocabulary has {vocab_size}: prepare the data set again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +150,20 @@ def read_tokens(folder, split, meta, count=-1):
 
 def prepare_command(name):
     """The command that makes the data set `name`."""
-    dataset, tokenizer, size = re.fullmatch(r'(.*?)(?:_(byte|char|bpe(?=\d))(\d*))?', name).groups()
+    dataset, tokenizer, size = re.fullmatch(r'(?s)(.*?)(?:_(byte|char|bpe(?=\d))(\d*))?', name).groups()
     text = dataset if dataset in DATASETS else f'--input=PATH --name={dataset}'
     return f'python prepare.py {text}' + (f' --tokenizer={tokenizer}{":" * bool(size)}{size}' if tokenizer else '')
+
+
+def is_complete(meta, folder):
+    """Whether a meta.json says what it should, and the files are as long as it says. Raises KeyError or TypeError where it
+    is of another form."""
+    splits = [meta['splits'][split] for split in ('train', 'val')]
+    numbers = [meta['vocab_size'], meta['eot'], splits[1]['bytes'], *(split['tokens'] for split in splits)]
+    sizes = [os.path.getsize(os.path.join(folder, f'{split}.bin')) for split in ('train', 'val')]
+    return meta['dtype'] in ('uint16', 'uint32') and isinstance(meta['tokenizer'], dict) and \
+        all(type(number) is int and number > 0 for number in numbers) and \
+        sizes == [split['tokens'] * np.dtype(meta['dtype']).itemsize for split in splits]
 
 
 def load_meta(folder):
@@ -153,9 +173,8 @@ def load_meta(folder):
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
-        complete = all(os.path.getsize(os.path.join(folder, f'{split}.bin')) ==
-                       counts['tokens'] * np.dtype(meta['dtype']).itemsize for split, counts in meta['splits'].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        complete = is_complete(meta, folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         complete = False
     if not complete:
         there = sorted(os.path.basename(os.path.dirname(path)) for path in

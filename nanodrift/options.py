@@ -18,6 +18,7 @@ import time
 import types
 from dataclasses import MISSING, field, fields
 
+LIMIT = 2 ** 63  # of whole numbers: what a tensor can hold
 OTHER_RANKS_WAIT = 5  # seconds before a rank but the first says what is wrong
 
 
@@ -108,7 +109,7 @@ def parse(name, value, kind, choices=None, number_allowed=False):
         elif kind is int:
             exact = isinstance(value, int) or isinstance(value, str) and value.lstrip('+-').isdigit()
             number = int(value) if exact else float(value)
-            if isinstance(value, bool) or number != int(number):
+            if isinstance(value, bool) or number != int(number) or abs(number) >= LIMIT:
                 raise ValueError
             value = int(number)
         elif kind is float:
@@ -117,11 +118,14 @@ def parse(name, value, kind, choices=None, number_allowed=False):
             value = float(value)
         elif number_allowed and type(value) in (int, float):
             value = str(value)
-        elif not isinstance(value, str):
+        elif not isinstance(value, str) or '\0' in value:
             raise ValueError
     except (ValueError, KeyError, TypeError, OverflowError):
-        expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[kind]
-        raise UserError(f"{name}={value!r}: expected {expected}") from None
+        expected = {bool: 'True or False', int: 'a whole number below 2**63', float: 'a number',
+                    str: 'text in quotes, without NUL'}[kind]
+        # Python refuses to write the digits of a very large number
+        shown = 'a huge number' if type(value) is int and abs(value) >= LIMIT else repr(value)
+        raise UserError(f'{name}={shown}: expected {expected}') from None
     return one_of(name, value, choices) if choices else value
 
 
