@@ -150,3 +150,157 @@ def check_meta(folder):
         return
     assert meta['dtype'] in ('uint16', 'uint32') and meta['vocab_size'] > 0 and isinstance(meta['tokenizer'], dict)
     assert {'train', 'val'} <= set(meta['splits']) and meta['splits']['val']['bytes'] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command lines
+
+# What a command is given first, so that it ends soon; what is drawn comes behind it and counts.
+SMALL = ['--device=cpu', '--dtype=float32']
+TRAINED = [f'--{key}={value}' for key, value in (TINY | dict(max_iters=2, eval_interval=2, eval_iters=1)).items()]
+BASE = {
+    'train.py': [*TRAINED, '--dataset=tiny_byte', '--data_dir=DATA'],
+    'sample.py': [*SMALL, '--out_dir=run', '--num_samples=2', '--max_new_tokens=4'],
+    'generate_diffusion.py': [*SMALL, '--out_dir=run', '--max_steps=3'],
+    'evaluate.py': [*SMALL, '--out_dir=run', '--windows=2', '--num_samples=20', '--length=4', '--max_steps=2'],
+    'prepare.py': ['--tokenizer=byte', '--num_proc=1', '--data_dir=data'],
+    'compare.py': ['--recipe=recipe.py', '--variants=gpt2', '--seeds=1', '--tokens=64', '--samples=0', '--length=4',
+                   '--dataset=tiny_byte', '--data_dir=DATA', '--device=cpu'],
+    'export.py': ['--out_dir=run', '--to=new'],
+    'bench.py': [*SMALL, '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8', '--vocab_size=64', '--batch_size=2',
+                 '--rounds=1', '--steps=2', '--new_tokens=3', '--streams=1', '--max_steps=2', '--compile=False'],
+    'train_diffusion_attention.py': [
+        '--dataset=DATA/tiny_byte', '--n_layers=1', '--d_model=16', '--d_ff=16', '--n_heads=2', '--seq_len=8', '--batch_size=2',
+        '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--exp_name=new', '--device=cpu', '--compile=False']}
+
+# of these a large value would be taken as it is, and take long
+COSTLY = {'n_layer', 'n_head', 'n_embd', 'n_inner', 'block_size', 'vocab_size', 'batch_size', 'max_iters', 'num_epochs',
+          'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'max_steps', 'max_tokens', 'steps', 'rounds',
+          'new_tokens', 'streams', 'draws', 'windows', 'samples', 'tokens', 'seconds', 'n_layers', 'd_model', 'd_ff', 'n_heads',
+          'seq_len', 'epochs', 'drift_positives', 'num_proc', 'draft_tokens', 'seeds', 'eval_iters', 'length'}
+PATHS = ['run', 'new', 'no such', 'text.txt', 'a b', '../run', '/no/such', '', 'hf:exported', 'hf:no', 'hf:/no', 'DATA', 'résumé',
+         'DATA/tiny_byte', 'DATA/encoder', 'resume', 'scratch', 'auto', 'text.txt/inside', 'new.png', 'new.html']
+TEXTS = {'dataset': ['tiny_byte', 'missing', '../tiny_byte', 'tiny_byte/', '', 'wikitext-2', 'DATA/tiny_byte'],
+         'tokenizer': ['byte', 'char', 'bpe:257', 'bpe:300', 'bpe:0', 'gpt3', 'bpe:9999999999'],
+         'start': ['Once', '', '\n', 'FILE:text.txt', 'FILE:no', 'FILE:.', '<|endoftext|>', 'é' * 40, '\udcff', '\x00'[1:]],
+         'template': ['[MASK:3]', 'a ____ b', 'no gap', '[MASK:99999]', 'FILE:text.txt', 'a [MASK] b\n', '\udcff____'],
+         'ways': ['max_steps=2;max_steps=3,remask=flag', 'max_steps=0', 'x', ';', ',', 'device=cpu', '=', 'top_p=2'],
+         'variants': ['gpt2', 'gpt2,heat', 'diffusion', 'gpt2,gpt2', 'x', ',', 'duo', 'parallel add', 'drifting', 'drifting,gpt2'],
+         'launch': ['', 'no-such-program', '"', ' '], 'text_key': ['', 'text', 'title'], 'input': ['text.txt', 'rows.jsonl', 'no', '.'],
+         'val_input': ['text.txt', 'rows.jsonl', 'no'], 'name': ['mine', '../mine', '', 'a b', '.x', 'é'],
+         'only': ['ours', 'nanoGPT', 'x'], 'ignore_text': ['', 'the', '\udcff'], 'wandb_project': ['x'], 'wandb_run_name': ['x'],
+         'device': ['auto', 'cpu', 'cpu:1', 'cuda', 'cuda:x', 'mps', 'warp', '']}
+TEXTS |= {'repair': ['text.txt', 'FILE:text.txt', 'no', '.', 'rows.jsonl']}
+KINDS = ('gpt2', 'dd', 'heat', 'rotating', 'parallel', 'duo', 'diffusion', 'block diffusion', 'drifting', 'token drift')
+
+
+def numbers(f):
+    """Whole and other numbers at and around the ends of an option's range, as text."""
+    bounds = list(f.metadata['bounds'].values())
+    ends = [value for bound in bounds or [0] for value in (bound - 1, bound, bound + 1, bound + 4)]
+    ends += [] if f.name in COSTLY else [f.default, 1000, 2 ** 31, 2 ** 62, 1e-30, 1e30, 0.5]
+    ends = [value for value in ends if not (f.name in COSTLY and isinstance(value, (int, float)) and value > 16)]
+    return [str(value) for value in ends]
+
+
+def values_of(f):
+    """Right, nearly right and wrong values of an option, as text."""
+    rules = f.metadata
+    wrong = ['nan', 'inf', '-1', 'x', '', '1,2', 'None', '9' * 400, '1.5']
+    if rules['choices']:
+        right = [str(choice) for choice in rules['choices']]
+    elif f.type is bool:
+        right = ['True', 'False', '1']
+    elif f.type in (int, float) or rules['items'] or rules['words']:
+        right = [*numbers(f), *rules['words'], '1,3', '2']
+    else:
+        right, wrong = TEXTS.get(f.name, PATHS), ['x']
+    return st.sampled_from(right) | st.sampled_from(right) | st.sampled_from(right) | st.sampled_from(wrong)
+
+
+@st.composite
+def command_lines(draw):
+    """-> script, the type of the model that it finds, words."""
+    script = draw(st.sampled_from(list(SCRIPTS)))
+    kind = draw(st.sampled_from(KINDS))
+    words = list(BASE[script])
+    if script == 'train.py':
+        words += TYPE_WORDS[kind]
+    for f in draw(st.lists(st.sampled_from(list(FIELDS[script].values())), max_size=4, unique_by=lambda f: f.name)):
+        if f.name != 'compile':
+            words.append(f'--{f.name}={draw(values_of(f))}')
+    if script == 'prepare.py':
+        words += draw(st.sampled_from([['--input=text.txt', '--name=mine']] * 3 + [['shakespeare'], ['x'], []]))
+    if draw(st.integers(0, 20)) == 0:
+        words.append(draw(st.sampled_from(['--sise=3', 'no_config.py', 'recipe.py', '-x', '--', 'text.txt', '--help'])))
+    return script, kind, words
+
+
+TYPE_WORDS = {kind: [f'--model_type={kind}'] for kind in KINDS} | {
+    'block diffusion': ['--model_type=diffusion', '--diffusion_objective=nelbo', '--diffusion_block=4'],
+    'drifting': ['--model_type=drifting', '--encoder=DATA/encoder', '--drift_prefix=3'],
+    'token drift': ['--model_type=diffusion', '--diffusion_objective=drift', '--encoder=DATA/encoder']}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, data_dir, encoder):
+    """A folder with a tiny run of every type, and two exports."""
+    folder = tmp_path_factory.mktemp('runs')
+    for kind in KINDS:
+        words = [word.replace('DATA', data_dir) for word in BASE['train.py'] + TYPE_WORDS[kind]]
+        done = run_here('train.py', *words, f'--out_dir={folder / kind}')
+        assert done.returncode == 0, done.stderr
+        done = run_here('export.py', f'--out_dir={folder / kind}', f'--to={folder / kind}-exported')
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def prepare_place(place, runs, kind, data_dir):
+    shutil.copytree(runs / kind, place / 'run')
+    os.symlink(runs / f'{kind}-exported', place / 'exported')
+    (place / 'text.txt').write_text('Once upon a time <|endoftext|> there was a café.\n' * 20, encoding='utf-8')
+    (place / 'rows.jsonl').write_text('{"text": "Once upon a time", "title": null}\n' * 30)
+    settings = TINY | dict(max_iters=2, eval_iters=1, eval_interval=1)
+    (place / 'recipe.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
+
+
+def listing(folder):
+    """{path: size and time} of the files in a folder."""
+    return {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for at, _, names in os.walk(folder)
+            for path in [os.path.join(at, name) for name in names]}
+
+
+def train_here(config, words):
+    """compare.call in this process."""
+    done = run_here('train.py', *words)
+    assert done.returncode in (0, train.DIVERGED), done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.slow
+def test_any_command_line_ends_well_or_in_one_line(runs, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, 'call', train_here)
+    monkeypatch.setattr(bench, 'peak_flops', lambda *_: 1e9)
+    monkeypatch.setattr(bench, 'memory_of', lambda *_: 1)
+    outside, place = {folder: listing(folder) for folder in (runs, data_dir)}, tmp_path / 'place'
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs', pytrace=True))
+
+    @settings(few, max_examples=int(os.environ.get('RANDOM_COMMANDS', 100)))
+    @given(command_lines())
+    def check(command):
+        script, kind, words = command
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        prepare_place(place, runs, kind, data_dir)
+        monkeypatch.chdir(place)
+        before = listing(place)
+        signal.alarm(60)
+        done = run_here(script, *(word.replace('DATA', data_dir) for word in words))
+        signal.alarm(0)
+        assert done.returncode in (0, 2) or script == 'train.py' and done.returncode == train.DIVERGED, done.stderr
+        if done.returncode == 2:
+            assert done.stderr.count('\n') == 1 and done.stderr.startswith(f'{script}: '), done.stderr
+        if done.returncode == 2 and script != 'compare.py':
+            assert listing(place) == before
+        assert {folder: listing(folder) for folder in outside} == outside
+    check()
