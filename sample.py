@@ -44,7 +44,7 @@ class SampleConfig:
                           at_most=1)
     draft: str = option('none', 'guess several tokens per forward pass, which does not change what is drawn: ngram guesses '
                         'that the text repeats itself, own asks a model that has a draft_block', ('none', 'ngram', 'own'))
-    draft_tokens: int = option(4, 'guesses per forward pass; for own at most draft_block', at_least=1)
+    draft_tokens: int = option(4, 'guesses per forward pass; for own at most draft_block', at_least=1, at_most=1024)
     ignore_eot: bool = option(False, 'go on past end-of-text')
     seed: int = option(1337, 'the same seed and num_samples give the same samples on the same machine', at_least=0,
                        below=2 ** 63)

@@ -65,7 +65,8 @@ class TrainConfig:
     seed: int = option(1337, 'of initialisation, dropout and data order', at_least=0, below=2 ** 63)
     # optimizer
     max_iters: int = option(5000, 'iterations of training', at_least=1)
-    num_epochs: float = option(0.0, 'epochs of training; if above 0 it takes the place of max_iters', at_least=0)
+    num_epochs: float = option(0.0, 'epochs of training; if above 0 it takes the place of max_iters', at_least=0,
+                               at_most=1e9)
     learning_rate: float = option(6e-4, 'highest learning rate', at_least=0)
     weight_decay: float = option(0.1, 'AdamW weight decay, of matrices and embeddings only', at_least=0)
     beta1: float = option(0.9, 'AdamW beta1', at_least=0, below=1)
@@ -78,7 +79,7 @@ class TrainConfig:
     lr_schedule: str = option('cosine', 'how the rate falls after warmup', SCHEDULES)
     warmup_iters: int = option(0, 'iterations of linear warmup', at_least=0)
     warmup_ratio: float = option(0.0, 'warmup as a share of all iterations, in place of warmup_iters', at_least=0, below=1)
-    warmup_epochs: float = option(0.0, 'warmup in epochs, in place of warmup_iters', at_least=0)
+    warmup_epochs: float = option(0.0, 'warmup in epochs, in place of warmup_iters', at_least=0, at_most=1e9)
     lr_decay_iters: int = option(0, 'iteration at which min_lr is reached; 0 means the last one', at_least=0)
     min_lr: float = option(0.0, 'lowest learning rate', at_least=0)
     # machine

@@ -12,12 +12,15 @@ import difflib
 import io
 import math
 import os
+import re
 import runpy
 import sys
 import time
 import types
 from dataclasses import MISSING, field, fields
 
+# what PyTorch says where an allocation fails, or is larger than any memory
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking")
 LIMIT = 2 ** 63  # of whole numbers: what a tensor can hold
 OTHER_RANKS_WAIT = 5  # seconds before a rank but the first says what is wrong
 
@@ -223,22 +226,35 @@ def configure(argv, *classes, **options):
     return *build(values, *classes), words
 
 
+def mistake(error):
+    """What a user can do about an exception, in one line; None where it is a fault of this code."""
+    text = ' '.join(str(error).split('\n'))
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return f'there is not enough memory: lower --batch_size, --block_size or the size of the model' + f' ({text[:150]})' * bool(text)
+    return None
+
+
 def run(main):
-    """Runs a script's `main(argv)`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exits with 130."""
+    """Runs a script's `main(argv)`; a mistake becomes one line on stderr and exit code 2, Ctrl-C exits with 130."""
     name = os.path.basename(sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be no Unicode
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        rank = os.environ.get('LOCAL_RANK', '0')
-        if rank != '0':  # most mistakes are made by all ranks, and then the first one's line ends the others in the meantime
-            time.sleep(OTHER_RANKS_WAIT)
-        print(f'{name}: ' + f'rank {os.environ.get("RANK")}: ' * (rank != '0') + str(e), file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # whoever read the output has had enough of it, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         sys.exit(141)
+    except Exception as e:
+        line = mistake(e)
+        if line is None:
+            raise
+        rank = os.environ.get('LOCAL_RANK', '0')
+        if rank != '0':  # most mistakes are made by all ranks, and then the first one's line ends the others in the meantime
+            time.sleep(OTHER_RANKS_WAIT)
+        print(f'{name}: ' + f'rank {os.environ.get("RANK")}: ' * (rank != '0') + line, file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
