@@ -111,7 +111,7 @@ class Entry:
 def data_of(config, entry):
     """The folder of the data set that an Entry is evaluated on, and its meta."""
     settings = entry.state['config']
-    if not config.data and not settings:
+    if not config.data and not {'data_dir', 'dataset'} <= set(settings):
         raise UserError(f'{entry.name} does not say what it was trained on: --data=FOLDER of a prepared data set')
     folder = config.data or os.path.join(settings['data_dir'], settings['dataset'])
     meta = load_meta(folder)

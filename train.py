@@ -123,7 +123,7 @@ class Trainer:
             raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
                             f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
-        self.iter_num, self.best_val_loss = 0, math.inf
+        self.iter_num, self.best_val_loss, self.log_bytes = 0, math.inf, 0
         self.evaluated_iter, self.saved_iter = -1, -1
         self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
         self.run_id, self.parents = uuid.uuid4().hex, []
@@ -147,7 +147,7 @@ class Trainer:
         if resumed is not None:
             self._tell_what_changes(resumed)
         self.network = self._wrap(self.model)
-        self.log = RunLog(self, None if resumed is None else resumed['log_bytes']) if ranks.first else None
+        self.log = RunLog(self, self.log_bytes) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
             resumed.clear()  # its tensors are copied or in use: what is left of them need not stay in memory
@@ -402,6 +402,16 @@ class Trainer:
         return ('--resume=' if self.experiment else '--init_from=resume --out_dir=') + self.config.out_dir
 
     def _restore(self, state):
+        """`_restore_state`, and a UserError where the checkpoint is not what a run saves."""
+        try:
+            self._restore_state(state)
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            raise UserError(f'cannot resume: {self.config.out_dir} lacks something that a run saves ({e!r:.100}); start a '
+                            f'new run from its weights: --init_from={self.config.out_dir} --out_dir=NEW') from None
+
+    def _restore_state(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         checkpoint.check_encoder(self.model, state)
         checkpoint.load_weights(self.model, state['model'])
@@ -415,7 +425,7 @@ class Trainer:
             self.scaler.load_state_dict(state['scaler'])
         self.iter_num, self.best_val_loss = state['iter_num'], state['best_val_loss']
         self.evaluated_iter, self.saved_iter = state['evaluated_iter'], -1 if 'stands_in' in state else state['iter_num']
-        self.run_id, self.parents = state['run_id'], state['parents']
+        self.run_id, self.parents, self.log_bytes = state['run_id'], state['parents'], state['log_bytes']
         before = state['config']  # runs of before did not count examples
         per_iter = before['batch_size'] * before['gradient_accumulation_steps']
         self.examples_seen = state.get('examples_seen', self.iter_num * per_iter)
@@ -540,8 +550,8 @@ def check_tokenizer(what_fails, state, meta):
     if state['tokenizer'] is None:
         raise UserError(f'{what_fails}: its tokenizer is unknown here')
     if state['tokenizer'] != meta['tokenizer']:
-        raise UserError(f"{what_fails}: the checkpoint was trained with tokenizer {state['tokenizer']['name']}, the data "
-                        f"set has {meta['tokenizer']['name']} or another vocabulary of that name")
+        raise UserError(f"{what_fails}: the checkpoint was trained with tokenizer {state['tokenizer'].get('name')}, the "
+                        f"data set has {meta['tokenizer']['name']} or another vocabulary of that name")
 
 
 def text_hashes(meta):
@@ -584,7 +594,8 @@ def read_settings(argv):
         state = checkpoint.load_last(out_dir)
         if state.get('experiment'):
             raise UserError(f'{out_dir} is a run of train_diffusion_attention.py: go on with that, --resume={out_dir}')
-        values = state['config'] | values
+        # the folder may have been moved or copied since
+        values = state['config'] | values | {'out_dir': out_dir}
     return *build(values, TrainConfig, GPTConfig), state
 
 

@@ -23,6 +23,12 @@ except ImportError:  # Windows
     fcntl = None
 
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
+# what a checkpoint holds, for whatever reads one; older ones and those made elsewhere may lack the keys that came LATER
+FORM = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int, 'run_id': str, 'parents': list,
+        'ema': dict, 'data': dict, 'encoder': (str, type(None)), 'experiment': (dict, type(None)),
+        'best_val_loss': (int, float), 'log_bytes': int, 'examples_seen': int}
+FORM_OF_CONFIG = {'dataset': str, 'data_dir': str, 'batch_size': int, 'gradient_accumulation_steps': int}
+LATER = ('ema', 'data', 'encoder', 'experiment', 'best_val_loss', 'log_bytes', 'examples_seen')
 EMBEDDING, POSITIONS = 'transformer.wte.weight', 'transformer.wpe.weight'  # the first is the head's too
 GPT2_NAMES = re.compile(r'(lm_head|transformer\.(wte|wpe|ln_f|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj))))'
                         r'\.(weight|bias)')
@@ -166,12 +172,22 @@ def check_sums(path):
                 raise zipfile.BadZipFile
 
 
+def fits(value, kind):
+    return isinstance(value, kind) and not (kind is int and value < 0)
+
+
 def load(path):
     """The checkpoint at `path`, its tensors on the CPU. Raises UserError if it is missing or not a checkpoint."""
     state = read(path)
-    missing = [key for key in ('model', 'model_args', 'config', 'tokenizer', 'iter_num') if key not in state]
+    missing = [key for key in FORM if key not in state and key not in LATER]
     if missing:
         raise UserError(f'{path} is not a readable checkpoint of nanoDrift: it has no {", ".join(missing)}')
+    wrong = [key for key, kind in FORM.items() if key in state and not fits(state[key], kind)]
+    wrong = wrong or [key for key, kind in FORM_OF_CONFIG.items() if not fits(state['config'].get(key, kind()), kind)]
+    weights = {**state['model'], **(state.get('ema') or {})} if not wrong else {}
+    wrong += [name for name, weight in weights.items() if not isinstance(name, str) or not isinstance(weight, torch.Tensor)]
+    if wrong:
+        raise UserError(f'{path} is not a readable checkpoint of nanoDrift: {wrong[0]!r} in it is not what was saved')
     return state
 
 

@@ -143,8 +143,8 @@ def from_stored(cls, values, what):
     known = {f.name: f for f in fields(cls)}
     unknown = set(values) - set(known)
     if unknown:
-        raise UserError(f'{what} unknown here: {", ".join(sorted(unknown))}')
-    return cls(**{name: parse_option(known[name], value) for name, value in values.items()})
+        raise UserError(f'{what} unknown here: {", ".join(sorted(map(str, unknown)))}')
+    return build(values, cls)[0]
 
 
 def unknown_key(name, known, where):
@@ -216,8 +216,8 @@ def read_values(argv, *classes, description=None, positional=('config', 'config 
 
 
 def build(values, *classes):
-    """One instance of each dataclass, of those of the `values` that are its fields."""
-    return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
+    """One instance of each dataclass, of those of the `values` that are its fields. Raises UserError on a wrong type."""
+    return [cls(**{f.name: parse_option(f, values[f.name]) for f in fields(cls) if f.name in values}) for cls in classes]
 
 
 def configure(argv, *classes, **options):

@@ -53,8 +53,8 @@ class RunLog:
         if self.config.eval_only and self.config.init_from != 'resume' and checkpoint.holds_run(self.config.out_dir):
             return open(os.devnull, 'ab', buffering=0)
         file = open(os.path.join(self.config.out_dir, 'metrics.jsonl'), 'ab', buffering=0)
-        if not self.config.eval_only and file.tell() > (keep_bytes or 0):
-            file.truncate(keep_bytes or 0)
+        if not self.config.eval_only and file.tell() > keep_bytes:
+            file.truncate(keep_bytes)
             file.seek(0, os.SEEK_END)
         return file
 

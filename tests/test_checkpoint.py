@@ -216,7 +216,7 @@ def state_number(i):
 
 
 def number_of(path):
-    state = checkpoint.load(path)
+    state = checkpoint.read(path)
     assert all((t == state['iter_num']).all() and len(t) == 10000 for t in state['model'].values())
     return state['iter_num']
 
