@@ -1,0 +1,358 @@
+"""
+What a GPU makes of this repository: is it right there, and how fast is it. Run once on a machine with an NVIDIA GPU:
+
+    make gpu                                                # or: python3 -m experiments.gpu_report --against=../nanoGPT
+
+Needs torch, numpy and tqdm, installs nothing, loads nothing, and makes its own data. First every variant of the model types
+is compared with the same computation in float32 on the CPU: losses and gradients in each number type, compiled code,
+resuming, generation with and without the cache, refinement, drifting. Then bench.py measures training and generation of
+GPT-2's size. Whatever fails or takes too long is a row of the report, and the rest goes on.
+
+On a machine without a GPU everything runs in small, on the CPU; tests/test_gpu.py runs the checks one by one.
+"""
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+import prepare
+import train
+from model import GPT, GPTConfig, load_model
+from nanodrift import checkpoint
+from nanodrift.data import derive_seed
+from nanodrift.machine import DTYPES, Ranks, autocast, exact, pick_device
+from nanodrift.options import UserError, check_options, configure, option, run
+from nanodrift.variants import VARIANTS
+
+SMALL = {'block_size': 32, 'n_layer': 2, 'n_head': 2, 'n_embd': 64}
+CASES = VARIANTS | {'token drift': {'model_type': 'diffusion', 'diffusion_objective': 'drift'}}
+WITH_ENCODER = ('drifting', 'drifting straight', 'token drift')
+# those of which compiled code is compared too: building it takes most of the time
+COMPILED = ('gpt2', 'dd', 'heat', 'heat adaptive', 'rotating lr', 'parallel concat', 'duo', 'diffusion', 'diffusion blocks',
+            'drifting', 'token drift')
+# how far losses and gradients may be from those in float32 on a CPU, relative to these
+BANDS = {'float32': 1e-3, 'bfloat16': 0.03, 'float16': 0.01}
+CHECK_SECONDS = 90  # for one check
+# of the whole report; the checks stop where the measurements still need their time
+MEASURE_SECONDS = 240
+BENCH = {
+    'cuda': ['--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=12', '--rounds=10'],
+    'cpu': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2', '--rounds=2', '--new_tokens=8',
+            '--vocab_size=300', '--compile=False'],
+}
+
+
+@dataclass
+class ReportConfig:
+    """Where the report goes, and how long it may take."""
+    out: str = option('gpu_report.md', 'the file that is written')
+    against: str = option('', 'path of a nanoGPT checkout to measure side by side')
+    device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1'")
+    seconds: float = option(570.0, 'after which what is left is not run', above=0)
+    checks: str = option('', 'the checks that a worker runs, as JSON; the report starts its workers with it')
+    folder: str = option('', 'of a worker: where data and encoder are')
+
+    def __post_init__(self):
+        check_options(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the checks: (case, device, folder with the data and an encoder) -> {figure: number}; AssertionError where one fails
+
+def build(case, device):
+    """A model of a case, on a device, with the same weights everywhere; none of them is zero, so that gradients reach all."""
+    silent = {'diffusion_std': 0.0} if case in ('dd', 'dd diffusion') else {}  # noise is another on every device
+    named = {'encoder': 'the one below'} if case in WITH_ENCODER else {}
+    torch.manual_seed(1)
+    encoder = GPT(GPTConfig(**SMALL, vocab_size=300)).eval() if named else None
+    model = GPT(GPTConfig(**SMALL | CASES[case] | silent | named, vocab_size=300), encoder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    return model.to(device)
+
+
+def loss_and_gradients(model, device, dtype, scale=1024.0):
+    """The loss of one batch, and all gradients in one vector, in float32 on the CPU."""
+    objective, rng = model.objective, torch.Generator().manual_seed(2)
+    tokens = torch.randint(model.config.vocab_size, (8, objective.window(model.config.block_size)), generator=rng)
+    batches = [[t if t is None else t.to(device) for t in objective.make_batch(tokens, rng)]]
+    model.zero_grad()
+    with autocast(device, dtype):
+        if objective.compute_targets:
+            batches = objective.compute_targets(model, batches, Ranks(device=device), rng)
+        _, loss = model(*batches[0], return_logits=False)
+    (loss * scale).backward()  # as the scaler of float16 does
+    return float(loss), torch.cat([p.grad.float().flatten().cpu() for p in model.parameters()]) / scale
+
+
+def assert_near(mine, reference, band):
+    """Both as of `loss_and_gradients`. Returns the relative distance of the gradients."""
+    distance = float((mine[1] - reference[1]).norm() / reference[1].norm())
+    assert abs(mine[0] - reference[0]) <= band * abs(reference[0]), f'loss {mine[0]:.5f}, not {reference[0]:.5f}'
+    assert distance <= band, f'gradients are off by {distance:.2%}'
+    return distance
+
+
+def band(case, dtype):
+    """Wider with an encoder: the field is normalised, and so are its errors."""
+    return BANDS[dtype] * (10 if case in WITH_ENCODER and dtype != 'float32' else 1)
+
+
+def check_gradients(case, device, folder):
+    reference = loss_and_gradients(build(case, torch.device('cpu')), torch.device('cpu'), 'float32')
+    figures = {}
+    for dtype in DTYPES:
+        with exact(device):  # no TF32
+            mine = loss_and_gradients(build(case, device), device, dtype)
+        figures[f'gradients off, {dtype}'] = assert_near(mine, reference, band(case, dtype))
+    return figures
+
+
+def check_compiled(case, device, folder):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    figures = {}
+    for dtype in ('float32', 'bfloat16'):
+        eager, compiled = build(case, device), build(case, device)
+        compiled.compile_blocks()
+        with exact(device):
+            distance = assert_near(loss_and_gradients(compiled, device, dtype), loss_and_gradients(eager, device, dtype),
+                                   band(case, dtype))
+        figures[f'compiled off, {dtype}'] = distance
+    figures['graphs'] = torch._dynamo.utils.counters['stats']['unique_graphs'] / 2  # of one type of numbers
+    return figures
+
+
+def check_writing(case, device, folder):
+    """Generation with the cache equals that without; refinement and one-step generation equal those of the CPU."""
+    model = build(case, device).eval()
+    mask, rows = model.config.vocab_size, 4
+    if case.startswith('drifting'):
+        def write(model):
+            return model.generate_at_once(rows, seed=3)
+    elif model.config.model_type == 'diffusion':
+        def write(model):
+            canvas = torch.full((rows, 24), mask, device=model.device)
+            canvas[:, 0] = 1
+            return model.generate_diffusion(canvas, max_steps=6, temperature=0.0, strategy='confidence')
+    else:
+        def write(model, **options):
+            prompt = torch.arange(2 * rows, device=model.device).view(rows, 2)
+            return torch.stack(list(model.generate(prompt, 24, temperature=0.0, **options)), dim=1)
+    with exact(device):
+        here, there = write(model), write(build(case, torch.device('cpu')).eval())
+        if model.config.causal:
+            assert torch.equal(here, write(model, use_cache=False)), 'the cache changes what is generated'
+    agree = float((here.cpu() == there).float().mean())
+    assert here.device.type == device.type and 0 <= int(here.min()) and int(here.max()) < mask
+    assert agree > 0.8, f'{agree:.0%} of the tokens are those of the CPU'
+    for dtype in DTYPES:
+        with autocast(device, dtype):
+            write(model)
+    return {'same tokens as the CPU': agree}
+
+
+def settings(case, device, folder, name, **changes):
+    """Arguments of train.py for a short run of a case."""
+    out = os.path.join(folder, f'{case} {name}'.replace(' ', '_'))
+    encoder = {'encoder': os.path.join(folder, 'encoder')} if case in WITH_ENCODER else {}
+    values = SMALL | CASES[case] | encoder | dict(
+        dataset='tiny_byte', data_dir=folder, out_dir=out, device=str(device), batch_size=4, eval_iters=1, eval_interval=4,
+        max_iters=8, log_interval=1, compile=False, learning_rate=1e-3, dtype='float32', overwrite=True,
+        dropout=0.0 if encoder else 0.1) | changes
+    return [f'--{key}={value}' for key, value in values.items()], out
+
+
+def losses(out):
+    with open(os.path.join(out, 'metrics.jsonl'), encoding='utf-8') as f:
+        return [entry['loss'] for entry in map(json.loads, f) if 'loss' in entry]
+
+
+def check_resume(case, device, folder):
+    """Four steps and four more equal eight; with dropout this needs the device's own random state."""
+    straight, whole = settings(case, device, folder, 'straight')
+    cut, out = settings(case, device, folder, 'cut', max_iters=4, decay_lr=False)
+    assert train.main([*straight, '--decay_lr=False']) == 0 and train.main(cut) == 0
+    assert train.main(['--init_from=resume', f'--out_dir={out}', '--max_iters=8']) == 0
+    a, b = losses(whole), losses(out)
+    worst = max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+    assert worst < (0.05 if case in WITH_ENCODER else 1e-3), f'losses {a}, resumed {b}'
+    load_model(checkpoint.load(checkpoint.find(out, 'last')), device)
+    return {'losses off after resuming': worst}
+
+
+def check_step(case, device, folder):
+    """A step of train.py as it runs by default, and how often it waits for the GPU."""
+    argv, _ = settings(case, device, folder, 'step', dtype='auto')
+    config, model_config, _ = train.read_settings(argv)
+    trainer = train.Trainer(config, model_config, Ranks(device=device))
+    for _ in range(2):
+        trainer._step()
+    if device.type != 'cuda':
+        return {}
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            trainer._step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    return {'waits for the GPU per step': sum('synchronizing' in str(w.message) for w in caught)}
+
+
+CHECKS = {'gradients': check_gradients, 'writing': check_writing, 'resume': check_resume, 'step': check_step,
+          'compiled': check_compiled}
+
+
+def all_checks():
+    return [(check, case) for check in CHECKS for case in (COMPILED if check == 'compiled' else CASES)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# workers: a process of their own, for a CUDA error breaks all that follows it in its process
+
+def make_data(folder, device):
+    """A data set and an encoder for the checks."""
+    rng = random.Random(0)
+    words = ['drift', 'noise', 'heat', 'token', 'mask', 'the', 'a', 'of', 'and', 'flows', 'learns', 'cools']
+    path = os.path.join(folder, 'tiny.txt')
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write('\n<|endoftext|>\n'.join(' '.join(rng.choices(words, k=60)) + '.' for _ in range(60)))
+    prepare.main([f'--input={path}', '--name=tiny', '--tokenizer=byte', '--num_proc=1', f'--data_dir={folder}'])
+    argv, _ = settings('gpt2', device, folder, '', out_dir=os.path.join(folder, 'encoder'))
+    train.main(argv)
+
+
+def work(checks, device, folder):
+    """Runs (check, case) one after the other; a line of JSON each on stdout, which has nothing else."""
+    lines, sys.stdout = sys.stdout, sys.stderr
+    for check, case in checks:
+        signal.alarm(CHECK_SECONDS)  # ends this process, and so the check
+        started, row = time.perf_counter(), {'check': check, 'case': case}
+        try:
+            row['figures'] = CHECKS[check](case, device, folder)
+        except (Exception, SystemExit) as e:
+            row['error'] = f'{type(e).__name__}: {e}'.splitlines()[0][:300]
+        row['seconds'] = round(time.perf_counter() - started, 1)
+        print(json.dumps(row), file=lines, flush=True)
+        signal.alarm(0)
+
+
+def start_worker(config, device, folder, checks, seconds):
+    """-> the rows that a worker has printed, and how it ended: its exit code, or None where its time was over."""
+    words = [sys.executable, '-m', 'experiments.gpu_report', f'--checks={json.dumps(checks)}', f'--device={device}',
+             f'--folder={folder}']
+    with tempfile.TemporaryFile('w+', encoding='utf-8') as out:
+        try:
+            code = subprocess.run(words, stdout=out, stderr=subprocess.DEVNULL, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        out.seek(0)
+        return [json.loads(line) for line in out if line.endswith('\n')], code
+
+
+def run_checks(checks, start, deadline):
+    """The rows of all checks. start(checks, seconds) -> rows, exit code; where a worker ends early, the check that it was at
+    has failed, and another worker goes on with the next."""
+    rows = []
+    while len(rows) < len(checks):
+        left, code = deadline - time.monotonic(), None
+        if left > 0:
+            found, code = start(checks[len(rows):], left)
+            rows += found
+        missing = [{'check': check, 'case': case} for check, case in checks[len(rows):]]
+        if code is None:
+            return rows + [row | {'error': 'not run: no time left'} for row in missing]
+        if missing:
+            rows.append(missing[0] | {'error': f'its process ended with code {code}'})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+def facts(device):
+    """{what: value} of this machine."""
+    known = {'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()), 'commit': checkpoint.commit() or 'unknown',
+             'python': platform.python_version(), 'torch': torch.__version__, 'CUDA of torch': str(torch.version.cuda),
+             'system': platform.platform(), 'CPU cores': str(os.cpu_count())}
+    for package in ('numpy', 'triton', 'pytest'):
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            known[package] = 'not there'
+    if device.type == 'cuda':
+        card = torch.cuda.get_device_properties(device)
+        known |= {'card': f'{card.name}, {card.total_memory / 2 ** 30:.0f} GiB, {card.multi_processor_count} multiprocessors, '
+                  f'capability {card.major}.{card.minor}', 'cards': str(torch.cuda.device_count())}
+    else:
+        known['card'] = 'none: not run on a GPU'
+    return known
+
+
+def measure(part, config, device, seconds):
+    """What bench.py prints for a part, or why it prints nothing."""
+    words = [sys.executable, 'bench.py', f'--part={part}', f'--device={device}', *BENCH[device.type]]
+    words += [f'--against={config.against}'] * bool(config.against)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=max(1, seconds), check=False)
+    except subprocess.TimeoutExpired:
+        return f'took longer than the {seconds:.0f} s that were left'
+    return done.stdout if done.returncode == 0 else f'failed with code {done.returncode}:\n{done.stderr[-2000:]}'
+
+
+def write_report(config, known, rows, measured):
+    failed = [row for row in rows if 'error' in row]
+    lines = ['# What a GPU makes of nanoDrift', '', '| | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in known.items()),
+             '', f'{len(rows) - len(failed)} of {len(rows)} checks passed.', '', '## Speed', '']
+    for part, text in measured.items():
+        lines += [f'`bench.py --part={part}`', '', '```', text.strip(), '```', '']
+    lines += ['## Checks', '', '| check | variant | outcome | seconds | figures |', '| --- | --- | --- | --- | --- |']
+    for row in [*failed, *(row for row in rows if 'error' not in row)]:
+        figures = ', '.join(f'{name}: {value:.3g}' for name, value in row.get('figures', {}).items())
+        outcome = row.get('error', 'passed').replace('|', '/')
+        lines.append(f'| {row["check"]} | {row["case"]} | {outcome} | {row.get("seconds", "")} | {figures} |')
+    with open(config.out, 'w', encoding='utf-8') as f:
+        f.write('\n'.join(lines) + '\n')
+
+
+def main(argv):
+    config = configure(argv, ReportConfig, description=__doc__)[0]
+    device = pick_device(config.device)
+    if device.type == 'mps':
+        raise UserError('this report is about NVIDIA GPUs: use --device=cpu')
+    if config.checks:
+        work(json.loads(config.checks), device, config.folder)
+        return
+    end = time.monotonic() + config.seconds
+    known, rows, measured = facts(device), [], {}
+    print('\n'.join(f'{name}: {value}' for name, value in known.items()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make_data(folder, device)
+        except (Exception, SystemExit) as e:  # the checks that need it will say so
+            print(f'no data for the checks: {e}', file=sys.stderr)
+        for part in ('train', 'generate', 'checks'):
+            print(f'{part} ...', flush=True)
+            if part == 'checks':
+                rows = run_checks(all_checks(), lambda *a: start_worker(config, device, folder, *a), end)
+            else:
+                measured[part] = measure(part, config, device, min(MEASURE_SECONDS / 2, end - time.monotonic()))
+            write_report(config, known, rows, measured)  # what there is so far
+    failed = sum('error' in row for row in rows)
+    print(f'{config.out} is written: {len(rows) - failed} of {len(rows)} checks passed. Please send it back.')
+
+
+if __name__ == '__main__':
+    run(main)
