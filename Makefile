@@ -1,13 +1,14 @@
 # make demo      install, prepare an embedded corpus, train a few minutes on a CPU, print samples; MODEL=diffusion, say
 # make test      install and run the tests, in at most 6 minutes on 2 cores
 # make test-all  the slow ones too
+# make gpu       what a GPU makes of all this, written to gpu_report.md; installs nothing; AGAINST as for bench
 # make bench     speed and memory; AGAINST=path of a nanoGPT checkout measures it side by side
 PYTHON ?= python3
 MODEL ?= gpt2
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all bench gpu clean
 
 # The demo is the four commands of a first-time user. OUT is the folder of its run, DATA that of the data sets, and ARGS are
 # more settings of train.py.
@@ -49,6 +50,10 @@ test-all: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(PY) bench.py $(if $(AGAINST),--against=$(AGAINST))
+
+# With the python that has torch: such a machine may be offline, and its torch is the one that fits its card.
+gpu:
+	$(PYTHON) -m experiments.gpu_report $(if $(AGAINST),--against=$(AGAINST)) $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'install the venv module, on Debian python3-venv'; exit 1; }
