@@ -160,7 +160,7 @@ def batches(config, model_config, device, split='train'):
     if config.data:
         meta = load_meta(config.data)
         if meta['vocab_size'] > model_config.vocab_size:
-            raise UserError(f"data={config.data} has a vocabulary of {meta['vocab_size']}: --vocab_size={meta['vocab_size']}")
+            raise UserError(f"data={config.data} has more ids: --vocab_size={meta['vocab_size']}")
         windows = Windows(os.path.join(config.data, f'{split}.bin'), meta['dtype'], T + 1, T, 'random', config.seed,
                           vocab_size=meta['vocab_size'])
     number = 0

@@ -24,8 +24,8 @@ except ImportError:  # Windows
 
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 # what a checkpoint holds, for whatever reads one; older ones and those made elsewhere may lack the keys that came LATER
-FORM = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int, 'run_id': str, 'parents': list,
-        'ema': dict, 'data': dict, 'encoder': (str, type(None)), 'experiment': (dict, type(None)),
+FORM = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int, 'run_id': str,
+        'parents': list, 'ema': dict, 'data': dict, 'encoder': (str, type(None)), 'experiment': (dict, type(None)),
         'best_val_loss': (int, float), 'log_bytes': int, 'examples_seen': int}
 FORM_OF_CONFIG = {'dataset': str, 'data_dir': str, 'batch_size': int, 'gradient_accumulation_steps': int}
 LATER = ('ema', 'data', 'encoder', 'experiment', 'best_val_loss', 'log_bytes', 'examples_seen')

@@ -232,7 +232,8 @@ def mistake(error):
     if isinstance(error, UserError):
         return text
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
-        return f'there is not enough memory: lower --batch_size, --block_size or the size of the model' + f' ({text[:150]})' * bool(text)
+        said = f' ({text[:150]})' * bool(text)
+        return f'there is not enough memory: lower --batch_size, --block_size or the size of the model{said}'
     return None
 
 
