@@ -180,7 +180,7 @@ def _read_json(path):
     try:
         with open(path, encoding='utf-8') as f:
             value = json.load(f)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} is not readable: {e}') from None
     if not isinstance(value, dict):
         raise UserError(f'{path} does not hold the settings of a model')

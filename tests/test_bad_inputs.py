@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from test_random_inputs import FIELDS, listing, train_here
 import bench
 import compare
 from nanodrift import player
+from nanodrift.tokenizer import ByteTokenizer
 
 TRAIN = [f'--{key}={value}' for key, value in (TINY | dict(max_iters=2, eval_interval=2, eval_iters=1)).items()]
 DIFFUSION = ['--model_type=diffusion']
 SHORT = {'bench.py': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--rounds=1',
                       '--vocab_size=257', '--compile=False', '--device=cpu', '--part=train'],
          'train_diffusion_attention.py': ['--n_layers=1', '--d_model=16', '--n_heads=2', '--seq_len=16', '--batch_size=2',
-                                          '--max_iters=1', '--exp_name=new', '--device=cpu', '--compile=False'],
+                                          '--max_iters=1', '--eval_iters=1', '--exp_name=new', '--device=cpu', '--compile=False'],
          'train.py': [*TRAIN, '--out_dir=new']}
 
 
@@ -45,8 +47,8 @@ def place(tmp_path_factory):
     break_data()
     break_runs()
     write('broken.py', '1 / 0')
-    write('strange.py', 'batch_size = 10 ** 5000')
-    write('zero.py', "out_dir = 'a\\0b'")
+    write('strange.py', 'keep_every = 10 ** 5000')
+    write('zero.py', "wandb_project = 'a\\0b'")
     write('resuming.py', "init_from = 'resume'")
     write('recipe.py', '\n'.join(f'{key} = {value!r}' for key, value in TINY.items() if key != 'max_iters'))
     write('latin1.txt', 'Größe'.encode('latin-1'))
@@ -54,7 +56,8 @@ def place(tmp_path_factory):
     write('rows.jsonl', '{"title": "no text"}\n')
     write('no_json.jsonl', '{"text": \n')
     os.mkdir('empty folder')
-    yield folder
+    with mock.patch.object(bench, 'peak_flops', lambda *_: 1e9):  # which takes seconds
+        yield folder
     os.chdir(before)
 
 
@@ -155,11 +158,11 @@ EVERY_KEY = [(script, f'--{name}={value}', name) for script, known in FIELDS.ite
 MISTAKES = {
     'train.py': [
         ('--sise=3', 'unknown key'), ('--max_iter=3', "'max_iters'"), ('no_config.py', 'no config file'), ('broken.py', 'broken.py'),
-        ('strange.py', 'batch_size=a huge number'), ('zero.py', 'out_dir'), ('text.txt', 'readable'), ('data', 'no config file'),
+        ('strange.py', 'keep_every=a huge number'), ('zero.py', 'wandb_project'), ('text.txt', 'readable'), ('data', 'no config file'),
         ('--n_head=3', 'multiple of n_head'), ('--warmup_iters=1 --warmup_ratio=0.1', 'contradict'), ('--warmup_iters=9', 'longer'),
         ('--min_lr=1', 'lower --min_lr'), ('--block_size=100000', 'lower --block_size'), ('--max_tokens=4', 'fewer than'),
         ('--dataset=missing', 'prepare.py --input=PATH --name=missing'), ('--dataset=missing_bpe300', '--tokenizer=bpe:300'),
-        ('--dataset=../run', 'does not exist'), ('--dataset=', 'incomplete'), ('--dataset=data/tiny_byte', 'not a path'),
+        ('--dataset=../run', 'incomplete'), ('--dataset=', 'incomplete'), ('--dataset=data/tiny_byte', 'not a path'),
         ('--dataset=a\nb', 'does not exist'), ('--data_dir=no', 'does not exist'), ('--dataset=' + 'x' * 300, 'does not exist'),
         ('--out_dir=text.txt', 'cannot write'), ('--out_dir=text.txt/out', 'cannot write'), ('--out_dir=', 'cannot write'),
         ('--out_dir=run', '--overwrite=True'), ('--out_dir=run --init_from=run', 'another --out_dir'),
@@ -168,16 +171,16 @@ MISTAKES = {
         ('--init_from=hf:no', 'hf:FOLDER'), ('--init_from=hf:', 'hf:'), ('--init_from=resume --out_dir=run --n_layer=3', 'n_layer'),
         ('--init_from=resume --out_dir=run --dataset=other_byte', 'trained on dataset=tiny_byte'),
         ('--init_from=resume --out_dir=experiment', 'train_diffusion_attention.py'), ('--init_from=char', 'tokenizer'),
-        ('--init_from=repair --model_type=gpt2', 'the weights hold'), ('--heat_t=adaptive', 'model_type heat'),
+        ('--init_from=repair --model_type=gpt2', '--model_type=diffusion'), ('--heat_t=adaptive', 'model_type heat'),
         ('--model_type=heat --heat_t=warm', 'depth, adaptive'), ('--model_type=heat --published=True', 'no effect'),
         ('--model_type=heat --heat_t=adaptive --heat_t_min=9 --heat_t_max=1', 'below'), ('--model_type=parallel --n_layer=3', 'even'),
         ('--model_type=duo --block_size=1', 'at least 2'), ('--model_type=drifting', '--encoder=FOLDER'),
         ('--model_type=drifting --encoder=no', 'no folder'), ('--model_type=drifting --encoder=repair', 'must be gpt2'),
-        ('--model_type=drifting --encoder=char', 'tokenizer'), ('--model_type=drifting --encoder=run --dropout=0.1', 'dropout'),
+        ('--model_type=drifting --encoder=char', 'must have the same'), ('--model_type=drifting --encoder=run --dropout=0.1', 'dropout'),
         ('--model_type=rotating --n_embd=6', 'must be even'), ('--model_type=diffusion --diffusion_block=4', 'nelbo'),
         ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=5', 'divide'), ('--device=cuda:99', '--device=cpu'),
         ('--device=warp', 'cpu, cuda, mps'), ('--num_epochs=1e308', 'at most'), ('--warmup_epochs=1e308', 'at most'),
-        ('--n_embd=1000000000', 'not enough memory'), ('--batch_size=1000000000000', 'not enough memory'),
+        ('--n_embd=1000000000', 'not enough memory'),
         ('--seed=' + '9' * 400, 'seed'), ('--learning_rate=nan', 'finite')],
     'sample.py': [
         ('--out_dir=no', 'no folder'), ('--out_dir=no_checkpoint', 'no checkpoint'), ('--out_dir=repair', 'generate_diffusion.py'),
@@ -214,7 +217,7 @@ MISTAKES = {
         ('--input=latin1.txt --name=x', 'iconv'), ('--input=rows.jsonl --name=x', '--text_key'), ('--input=no_json.jsonl --name=x', 'line 1'),
         ('--input=run/ckpt.pt --name=x', 'not UTF-8'), ('--input=/dev/null --name=x', 'pipe'), ('--input=text.txt --name=x --val_input=no', 'no'),
         ('--input=text.txt --name=x --val_input=empty.txt', 'val split is empty'), ('--input=text.txt --name=x --data_dir=text.txt', 'text.txt'),
-        ('shakespeare', 'work offline'), ('tinystories', 'work offline')],
+        ('shakespeare', 'work offline')],
     'compare.py': [
         ('--variants=gpt3', 'gpt2'), ('--variants=gpt2,gpt2', 'twice'), ('--variants=,', 'variants'), ('--seeds=1,1', 'twice'),
         ('--seeds=1000', 'judge'), ('--seeds=', 'seeds'), ('--tokens=0', 'above 0'), ('--tokens=3', '--tokens='), ('--samples=3', 'at least'),
@@ -294,3 +297,69 @@ def test_a_broken_or_hostile_run_is_not_run(place, command, name):
     script, *words = command.split()
     check(script, [word.replace('NAME', name) for word in words], '')
     assert not os.path.exists('executed')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is strange, but right
+
+def test_a_run_that_was_copied_goes_on_in_its_own_folder(place, tmp_path):
+    """Its checkpoint says where it was first: a path out of a file is never written to."""
+    shutil.copytree('run', tmp_path / 'copied')
+    before = listing('.')
+    succeed('train.py', '--init_from=resume', f'--out_dir={tmp_path}/copied', '--max_iters=3')
+    assert torch.load(tmp_path / 'copied' / 'ckpt.pt', weights_only=True)['iter_num'] == 3
+    assert listing('.') == before
+
+
+@pytest.mark.parametrize('name', ['a b', "it's $HOME; `ls` & | > \"", 'résumé 日本', '-x', '\udcff'])
+def test_folders_of_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, 'call', train_here)
+    os.mkdir(name)
+    write(f'{name}/text.txt', pseudo_text())
+    succeed('prepare.py', f'--input={name}/text.txt', '--name=tiny', '--tokenizer=byte', '--num_proc=1', f'--data_dir={name}/data')
+    data = ['--dataset=tiny_byte', f'--data_dir={name}/data']
+    succeed('train.py', *TRAIN, *data, f'--out_dir={name}/out')
+    succeed('train.py', '--init_from=resume', f'--out_dir={name}/out', '--max_iters=3')
+    succeed('evaluate.py', f'--out_dir={name}/out', '--windows=2')
+    succeed('export.py', f'--out_dir={name}/out', f'--to={name}/exported')
+    done = run_here('sample.py', f'--init_from=hf:./{name}/exported', '--num_samples=1', '--max_new_tokens=2')
+    assert done.returncode == (2 if name == '\udcff' else 0)  # safetensors opens no file whose name is no Unicode
+    write('recipe.py', '\n'.join(f'{key} = {value!r}' for key, value in TINY.items() if key != 'max_iters'))
+    succeed('compare.py', '--recipe=recipe.py', *data, '--variants=gpt2', '--seeds=1', '--tokens=128', '--samples=0', '--length=8',
+            f'--out_dir={name}/report')
+
+
+SCRIPT = '</script><script>alert(1)</script><img src=x onerror=alert(1)>'
+
+
+def test_text_never_becomes_part_of_a_page(tmp_path):
+    recording = player.Recording(fixed=[False], passes=[1], frames=[[(SCRIPT, 1.0, False)]])
+    player.write_page(recording, str(tmp_path / 'page.html'))
+    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    assert page.count('<script') == 1 == page.count('</script') and '<img' not in page and 'alert(1)' in page
+    assert 'innerHTML' not in page
+
+
+def test_text_never_becomes_part_of_a_report(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, 'call', train_here)
+    monkeypatch.setattr(ByteTokenizer, 'decode', lambda *_: SCRIPT)
+    succeed('compare.py', *GIVEN['compare.py'], f'--out_dir={tmp_path}/<b>', '--seeds=1')
+    page = (tmp_path / '<b>' / 'report.html').read_text(encoding='utf-8')
+    assert 'alert(1)' in page and not re.search('<script|<img src=x|<b>', page)
+
+
+@pytest.mark.slow
+def test_a_locale_without_unicode(place, tmp_path):
+    """What is printed, read and named may be any Unicode, whatever the terminal knows."""
+    env = {'LC_ALL': 'C'}
+    write(tmp_path / 'Größe.txt', pseudo_text())
+    words = [f'--input={tmp_path}/Größe.txt', '--name=Größe', '--tokenizer=byte', '--num_proc=1', f'--data_dir={tmp_path}']
+    assert run_script('prepare.py', *words, env=env).returncode == 0
+    train = [*TRAIN, '--dataset=Größe_byte', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/日本']
+    assert run_script('train.py', *train, env=env).returncode == 0
+    run = f'--out_dir={tmp_path}/日本'
+    assert run_script('sample.py', run, '--start=é', '--num_samples=1', '--max_new_tokens=2', env=env).stdout.startswith('é')
+    assert 'context 16' in run_script('evaluate.py', run, '--windows=2', env=env).stdout
+    done = run_script('train.py', *train, '--sisé=3', env=env, check=False)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
