@@ -366,8 +366,8 @@ class Trainer:
         rows, known = known_ids(source), self.meta['vocab_size']
         if rows not in (known, known + model_config.mask_tokens):
             if source['tokenizer']:  # which is that of the data, as was checked
-                raise UserError(f"{c.init_from} has a mask token, which {model_config.model_type} has not: start from it with "
-                                f"--model_type={source['model_args']['model_type']}")
+                raise UserError(f'{c.init_from} has a mask token, which {model_config.model_type} has not: add '
+                                f'--model_type={source["model_args"]["model_type"]}')
             raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '
                             'the tokenizer of the weights')
         return source

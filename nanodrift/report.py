@@ -36,7 +36,8 @@ QUALITY = {'classifier': 'classifier', 'classifier_stderr': 'standard error', 'm
 def write_whole(path, text):
     """Writes a file so that a reader never sees half of it. Raises UserError if it cannot."""
     try:
-        write_atomically(path, text.encode())
+        # the names of files, in commands, may be no Unicode
+        write_atomically(path, text.encode(errors='backslashreplace'))
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror}') from None
 

@@ -22,7 +22,8 @@ DIFFUSION = ['--model_type=diffusion']
 SHORT = {'bench.py': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--rounds=1',
                       '--vocab_size=257', '--compile=False', '--device=cpu', '--part=train'],
          'train_diffusion_attention.py': ['--n_layers=1', '--d_model=16', '--n_heads=2', '--seq_len=16', '--batch_size=2',
-                                          '--max_iters=1', '--eval_iters=1', '--exp_name=new', '--device=cpu', '--compile=False'],
+                                          '--max_iters=1', '--eval_iters=1', '--exp_name=new', '--device=cpu',
+                                          '--compile=False'],
          'train.py': [*TRAIN, '--out_dir=new']}
 
 
@@ -41,7 +42,8 @@ def place(tmp_path_factory):
                         'nelbo': [*DIFFUSION, '--diffusion_objective=nelbo'],
                         'drifting': ['--model_type=drifting', '--encoder=run', '--drift_prefix=3']}.items():
         succeed('train.py', *TRAIN, '--dataset=tiny_byte', f'--out_dir={name}', *words)
-    succeed('train_diffusion_attention.py', *SHORT['train_diffusion_attention.py'], '--dataset=data/tiny_byte', '--log_dir=.',
+    succeed('train_diffusion_attention.py', *SHORT['train_diffusion_attention.py'], '--dataset=data/tiny_byte',
+            '--log_dir=.',
             '--exp_name=experiment')
     succeed('export.py', '--out_dir=run', '--to=exported')
     break_data()
@@ -157,99 +159,141 @@ EVERY_KEY = [(script, f'--{name}={value}', name) for script, known in FIELDS.ite
 # For each script: what it is given, and what its line must say.
 MISTAKES = {
     'train.py': [
-        ('--sise=3', 'unknown key'), ('--max_iter=3', "'max_iters'"), ('no_config.py', 'no config file'), ('broken.py', 'broken.py'),
-        ('strange.py', 'keep_every=a huge number'), ('zero.py', 'wandb_project'), ('text.txt', 'readable'), ('data', 'no config file'),
-        ('--n_head=3', 'multiple of n_head'), ('--warmup_iters=1 --warmup_ratio=0.1', 'contradict'), ('--warmup_iters=9', 'longer'),
+        ('--sise=3', 'unknown key'), ('--max_iter=3', "'max_iters'"), ('no_config.py', 'no config file'),
+        ('broken.py', 'broken.py'),
+        ('strange.py', 'keep_every=a huge number'), ('zero.py', 'wandb_project'), ('text.txt', 'readable'),
+        ('data', 'no config file'),
+        ('--n_head=3', 'multiple of n_head'), ('--warmup_iters=1 --warmup_ratio=0.1', 'contradict'),
+        ('--warmup_iters=9', 'longer'),
         ('--min_lr=1', 'lower --min_lr'), ('--block_size=100000', 'lower --block_size'), ('--max_tokens=4', 'fewer than'),
         ('--dataset=missing', 'prepare.py --input=PATH --name=missing'), ('--dataset=missing_bpe300', '--tokenizer=bpe:300'),
         ('--dataset=../run', 'incomplete'), ('--dataset=', 'incomplete'), ('--dataset=data/tiny_byte', 'not a path'),
-        ('--dataset=a\nb', 'does not exist'), ('--data_dir=no', 'does not exist'), ('--dataset=' + 'x' * 300, 'does not exist'),
+        ('--dataset=a\nb', 'does not exist'), ('--data_dir=no', 'does not exist'),
+        ('--dataset=' + 'x' * 300, 'does not exist'),
         ('--out_dir=text.txt', 'cannot write'), ('--out_dir=text.txt/out', 'cannot write'), ('--out_dir=', 'cannot write'),
         ('--out_dir=run', '--overwrite=True'), ('--out_dir=run --init_from=run', 'another --out_dir'),
         ('--out_dir=run --overwrite=True --model_type=drifting --encoder=run', 'another --out_dir'),
-        ('--init_from=resume', 'train.py'), ('--init_from=no', 'not the folder of a run'), ('--init_from=hf:/no', 'no such folder'),
-        ('--init_from=hf:no', 'hf:FOLDER'), ('--init_from=hf:', 'hf:'), ('--init_from=resume --out_dir=run --n_layer=3', 'n_layer'),
+        ('--init_from=resume', 'train.py'), ('--init_from=no', 'not the folder of a run'),
+        ('--init_from=hf:/no', 'no such folder'),
+        ('--init_from=hf:no', 'hf:FOLDER'), ('--init_from=hf:', 'hf:'),
+        ('--init_from=resume --out_dir=run --n_layer=3', 'n_layer'),
         ('--init_from=resume --out_dir=run --dataset=other_byte', 'trained on dataset=tiny_byte'),
         ('--init_from=resume --out_dir=experiment', 'train_diffusion_attention.py'), ('--init_from=char', 'tokenizer'),
         ('--init_from=repair --model_type=gpt2', '--model_type=diffusion'), ('--heat_t=adaptive', 'model_type heat'),
         ('--model_type=heat --heat_t=warm', 'depth, adaptive'), ('--model_type=heat --published=True', 'no effect'),
-        ('--model_type=heat --heat_t=adaptive --heat_t_min=9 --heat_t_max=1', 'below'), ('--model_type=parallel --n_layer=3', 'even'),
+        ('--model_type=heat --heat_t=adaptive --heat_t_min=9 --heat_t_max=1', 'below'),
+        ('--model_type=parallel --n_layer=3', 'even'),
         ('--model_type=duo --block_size=1', 'at least 2'), ('--model_type=drifting', '--encoder=FOLDER'),
         ('--model_type=drifting --encoder=no', 'no folder'), ('--model_type=drifting --encoder=repair', 'must be gpt2'),
-        ('--model_type=drifting --encoder=char', 'must have the same'), ('--model_type=drifting --encoder=run --dropout=0.1', 'dropout'),
+        ('--model_type=drifting --encoder=char', 'must have the same'),
+        ('--model_type=drifting --encoder=run --dropout=0.1', 'dropout'),
         ('--model_type=rotating --n_embd=6', 'must be even'), ('--model_type=diffusion --diffusion_block=4', 'nelbo'),
-        ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=5', 'divide'), ('--device=cuda:99', '--device=cpu'),
+        ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=5', 'divide'),
+        ('--device=cuda:99', '--device=cpu'),
         ('--device=warp', 'cpu, cuda, mps'), ('--num_epochs=1e308', 'at most'), ('--warmup_epochs=1e308', 'at most'),
         ('--n_embd=1000000000', 'not enough memory'),
         ('--seed=' + '9' * 400, 'seed'), ('--learning_rate=nan', 'finite')],
     'sample.py': [
-        ('--out_dir=no', 'no folder'), ('--out_dir=no_checkpoint', 'no checkpoint'), ('--out_dir=repair', 'generate_diffusion.py'),
+        ('--out_dir=no', 'no folder'), ('--out_dir=no_checkpoint', 'no checkpoint'),
+        ('--out_dir=repair', 'generate_diffusion.py'),
         ('--init_from=run', "'resume' nor"), ('--init_from=hf:no', 'hf:FOLDER'), ('--start=FILE:no', 'cannot read'),
-        ('--start=FILE:data', 'cannot read'), ('--start=FILE:latin1.txt', 'UTF-8'), ('--out_dir=char --start=\u1234', 'no id'),
-        ('--out_dir=drifting --start=Once', 'drift_prefix'), ('--out_dir=drifting --top_k=3', 'leave it out'), ('--top_p=0', 'top_p'),
+        ('--start=FILE:data', 'cannot read'), ('--start=FILE:latin1.txt', 'UTF-8'),
+        ('--out_dir=char --start=\u1234', 'no id'),
+        ('--out_dir=drifting --start=Once', 'drift_prefix'), ('--out_dir=drifting --top_k=3', 'leave it out'),
+        ('--top_p=0', 'top_p'),
         ('--temperature=-1', 'at least 0'), ('--draft=ngram --draft_tokens=0', 'at least'), ('--seed=-1', 'seed')],
     'generate_diffusion.py': [
         ('--out_dir=run', 'sample.py'), ('--start=a --template=b', 'contradict'), ('--template=x', 'no gap'),
-        ('--template=[MASK:0]', 'at least one'), ('--template=[MASK:99]', 'at most'), ('--template=[MASK:' + '9' * 5000 + ']', 'at most'),
-        ('--template=____ --max_new_tokens=3', 'no meaning'), ('--start=' + 'x' * 99, 'shorten'), ('--max_new_tokens=99', 'lower'),
+        ('--template=[MASK:0]', 'at least one'), ('--template=[MASK:99]', 'at most'),
+        ('--template=[MASK:' + '9' * 5000 + ']', 'at most'),
+        ('--template=____ --max_new_tokens=3', 'no meaning'), ('--start=' + 'x' * 99, 'shorten'),
+        ('--max_new_tokens=99', 'lower'),
         ('--repair=no', 'cannot read'), ('--repair=empty.txt', 'empty'), ('--out_dir=nelbo --repair=text.txt', 'repair'),
-        ('--to=x', 'repair'), ('--html=no/x.html', 'no such folder'), ('--html=data', 'cannot write'), ('--eta=0.5', 'remdm'),
-        ('--flag_threshold=0.1', 'flag'), ('--out_dir=nelbo --strategy=naive', 'random'), ('--out_dir=nelbo --remask=flag', 'repair'),
+        ('--to=x', 'repair'), ('--html=no/x.html', 'no such folder'), ('--html=data', 'cannot write'),
+        ('--eta=0.5', 'remdm'),
+        ('--flag_threshold=0.1', 'flag'), ('--out_dir=nelbo --strategy=naive', 'random'),
+        ('--out_dir=nelbo --remask=flag', 'repair'),
         ('--strategy=confidence --remask=remdm-cap', 'ancestral'), ('--strategy=naive --remask=flag', 'another strategy'),
         ('--threshold=0.5', 'strategy=threshold')],
     'evaluate.py': [
-        ('--out_dir=no', 'no folder'), ('--out_dir=run,', 'no folder'), ('--judge=no', 'no folder'), ('--judge=run', 'same run'),
-        ('--judge=repair --length=8', 'not causal'), ('--judge=char --length=8', 'different tokenizers'), ('--ways=max_steps=3', '--judge'),
+        ('--out_dir=no', 'no folder'), ('--out_dir=run,', 'no folder'), ('--judge=no', 'no folder'),
+        ('--judge=run', 'same run'),
+        ('--judge=repair --length=8', 'not causal'), ('--judge=char --length=8', 'different tokenizers'),
+        ('--ways=max_steps=3', '--judge'),
         ('--figure=x.pdf', '.png'), ('--figure=no/x.png', 'no such folder'), ('--stride=99', 'at most block_size'),
         ('--out_dir=repair --stride=4', 'causal'), ('--out_dir=repair --judge=run', 'lower --length'),
         ('--out_dir=repair --judge=run --length=8', '--num_samples='), ('--data=no', 'does not exist'),
-        ('--data=data/tiny_char', 'prepare the text'), ('--out_dir=exported', 'no checkpoint'), ('--out_dir=hf:exported', '--data=FOLDER'),
+        ('--data=data/tiny_char', 'prepare the text'), ('--out_dir=exported', 'no checkpoint'),
+        ('--out_dir=hf:exported', '--data=FOLDER'),
         ('--out_dir=repair --judge=run --length=8 --num_samples=10 --ways=max_steps=0', 'max_steps'),
         ('--out_dir=repair --judge=run --length=8 --num_samples=10 --ways=x', 'unknown key')],
     'prepare.py': [
-        ('', '--input=PATH'), ('no-such', 'tinystories'), ('python shakespeare', 'one data set'), ('python --input=text.txt', 'one data set'),
-        ('--input=text.txt', '--name=NAME'), ('--input=text.txt --name=../x', '--name=NAME'), ('--input=text.txt --name=a/b', '--name=NAME'),
-        ('--input=text.txt --name=.x', '--name=NAME'), ('python --name=x', '--input'), ('--input=no --name=x', 'no such file'),
+        ('', '--input=PATH'), ('no-such', 'tinystories'), ('python shakespeare', 'one data set'),
+        ('python --input=text.txt', 'one data set'),
+        ('--input=text.txt', '--name=NAME'), ('--input=text.txt --name=../x', '--name=NAME'),
+        ('--input=text.txt --name=a/b', '--name=NAME'),
+        ('--input=text.txt --name=.x', '--name=NAME'), ('python --name=x', '--input'),
+        ('--input=no --name=x', 'no such file'),
         ('--input=text.txt --name=x --tokenizer=gpt3', 'bpe:N'), ('--input=text.txt --name=x --tokenizer=bpe:5', '257'),
-        ('--input=text.txt --name=x --tokenizer=bpe:90000', 'or less'), ('--input=text.txt --name=x --val_fraction=1', 'val_fraction'),
-        ('--input=text.txt --name=x --val_fraction=nan', 'val_fraction'), ('--input=text.txt --name=x --num_proc=-1', 'num_proc'),
+        ('--input=text.txt --name=x --tokenizer=bpe:90000', 'or less'),
+        ('--input=text.txt --name=x --val_fraction=1', 'val_fraction'),
+        ('--input=text.txt --name=x --val_fraction=nan', 'val_fraction'),
+        ('--input=text.txt --name=x --num_proc=-1', 'num_proc'),
         ('--input=text.txt --name=x --text_key=t', 'text_key'), ('--input=empty.txt --name=x', 'empty'),
-        ('--input=latin1.txt --name=x', 'iconv'), ('--input=rows.jsonl --name=x', '--text_key'), ('--input=no_json.jsonl --name=x', 'line 1'),
-        ('--input=run/ckpt.pt --name=x', 'not UTF-8'), ('--input=/dev/null --name=x', 'pipe'), ('--input=text.txt --name=x --val_input=no', 'no'),
-        ('--input=text.txt --name=x --val_input=empty.txt', 'val split is empty'), ('--input=text.txt --name=x --data_dir=text.txt', 'text.txt'),
+        ('--input=latin1.txt --name=x', 'iconv'), ('--input=rows.jsonl --name=x', '--text_key'),
+        ('--input=no_json.jsonl --name=x', 'line 1'),
+        ('--input=run/ckpt.pt --name=x', 'not UTF-8'), ('--input=/dev/null --name=x', 'pipe'),
+        ('--input=text.txt --name=x --val_input=no', 'no'),
+        ('--input=text.txt --name=x --val_input=empty.txt', 'val split is empty'),
+        ('--input=text.txt --name=x --data_dir=text.txt', 'text.txt'),
         ('shakespeare', 'work offline')],
     'compare.py': [
-        ('--variants=gpt3', 'gpt2'), ('--variants=gpt2,gpt2', 'twice'), ('--variants=,', 'variants'), ('--seeds=1,1', 'twice'),
-        ('--seeds=1000', 'judge'), ('--seeds=', 'seeds'), ('--tokens=0', 'above 0'), ('--tokens=3', '--tokens='), ('--samples=3', 'at least'),
+        ('--variants=gpt3', 'gpt2'), ('--variants=gpt2,gpt2', 'twice'), ('--variants=,', 'variants'),
+        ('--seeds=1,1', 'twice'),
+        ('--seeds=1000', 'judge'), ('--seeds=', 'seeds'), ('--tokens=0', 'above 0'), ('--tokens=3', '--tokens='),
+        ('--samples=3', 'at least'),
         ('--launch=no-such-program', 'no program'), ('--launch="', 'no command line'), ('--recipe=no.py', 'no config file'),
         ('--recipe=resuming.py', 'init_from'), ('--recipe=broken.py', 'broken.py'), ('--length=99', 'lower --length'),
         ('--dataset=missing', 'prepare.py'), ('--samples=100000', '--samples='), ('--out_dir=text.txt', 'cannot')],
     'export.py': [
-        ('', '--to=FOLDER'), ('--to=run', 'new folder'), ('--to=text.txt', 'new folder'), ('--to=text.txt/x', 'cannot write'),
-        ('--to=x --out_dir=no', 'no folder'), ('--to=x --out_dir=hf:no', 'hf:FOLDER'), ('--to=x --ckpt=first', 'best, last')],
+        ('', '--to=FOLDER'), ('--to=run', 'new folder'), ('--to=text.txt', 'new folder'),
+        ('--to=text.txt/x', 'cannot write'),
+        ('--to=x --out_dir=no', 'no folder'), ('--to=x --out_dir=hf:no', 'hf:FOLDER'),
+        ('--to=x --ckpt=first', 'best, last')],
     'bench.py': [
         ('--against=no', 'nanoGPT checkout'), ('--part=types --variants=x', 'variants'), ('--only=x', 'ours, nanoGPT'),
-        ('--data=no', 'does not exist'), ('--data=data/tiny_byte --vocab_size=100', '--vocab_size=257'), ('--n_head=3', 'multiple'),
-        ('--data=data/tiny_byte --block_size=99999', 'lower --block_size'), ('--batch_size=1000000000000', 'not enough memory')],
+        ('--data=no', 'does not exist'), ('--data=data/tiny_byte --vocab_size=100', '--vocab_size=257'),
+        ('--n_head=3', 'multiple'),
+        ('--data=data/tiny_byte --block_size=99999', 'lower --block_size'),
+        ('--batch_size=1000000000000', 'not enough memory')],
     'train_diffusion_attention.py': [
-        ('--model=diffusion_adaptive --t_min=3 --t_max=2', 'above t_min'), ('--n_heads=3', 'multiple of'), ('--fixed_t=2', 'no effect'),
-        ('--resume=no', 'no folder'), ('--resume=run', 'not made by this script'), ('--resume=experiment --n_layers=3', 'n_layers'),
-        ('--dataset=data/missing', 'prepare.py'), ('--dataset=wikitext-2', 'prepare.py wikitext-2'), ('--dropout=2', 'dropout'),
-        ('--seed=-1', 'seed'), ('--max_iters=-1', 'max_iters'), ('--seq_len=99999', '--block_size'), ('--log_dir=. --exp_name=run', '--resume'),
+        ('--model=diffusion_adaptive --t_min=3 --t_max=2', 'above t_min'), ('--n_heads=3', 'multiple of'),
+        ('--fixed_t=2', 'no effect'),
+        ('--resume=no', 'no folder'), ('--resume=run', 'not made by this script'),
+        ('--resume=experiment --n_layers=3', 'n_layers'),
+        ('--dataset=data/missing', 'prepare.py'), ('--dataset=wikitext-2', 'prepare.py wikitext-2'),
+        ('--dropout=2', 'dropout'),
+        ('--seed=-1', 'seed'), ('--max_iters=-1', 'max_iters'), ('--seq_len=99999', '--block_size'),
+        ('--log_dir=. --exp_name=run', '--resume'),
         ('--model=published', 'diffusion_fixed')],
 }
 GIVEN = {'train.py': [*SHORT['train.py'], '--dataset=tiny_byte'], 'sample.py': ['--out_dir=run', '--device=cpu'],
-         'generate_diffusion.py': ['--out_dir=repair', '--device=cpu'], 'evaluate.py': ['--out_dir=run', '--windows=2', '--device=cpu'],
+         'generate_diffusion.py': ['--out_dir=repair', '--device=cpu'], 'evaluate.py': ['--out_dir=run', '--windows=2',
+         '--device=cpu'],
          'prepare.py': ['--data_dir=data', '--tokenizer=byte', '--num_proc=1'], 'export.py': ['--out_dir=run'],
-         'compare.py': ['--recipe=recipe.py', '--dataset=tiny_byte', '--tokens=256', '--length=8', '--variants=gpt2', '--samples=0'],
+         'compare.py': ['--recipe=recipe.py', '--dataset=tiny_byte', '--tokens=256', '--length=8', '--variants=gpt2',
+         '--samples=0'],
          'bench.py': SHORT['bench.py'],
          'train_diffusion_attention.py': [*SHORT['train_diffusion_attention.py'], '--dataset=data/tiny_byte']}
 BROKEN_DATA = ['torn', 'empty', 'oversized', 'no_val', 'no_vocab', 'pickled', 'no_splits', 'no_tokenizer']
 READERS_OF_DATA = {'train.py': '--dataset=NAME', 'evaluate.py': '--data=data/NAME', 'bench.py': '--data=data/NAME',
                    'compare.py': '--dataset=NAME', 'train_diffusion_attention.py': '--dataset=data/NAME'}
-BROKEN_RUNS = ['pickle', 'zipped', 'torn', 'nothing', 'text', 'no_checkpoint', 'bare', 'no_args', 'no_weights', 'no_name', 'wings',
-               'no_config', 'no_parents', 'hf:hf_pickle', 'hf:hf_torn', 'hf:hf_empty', 'hf:hf_deep', 'hf:hf_no_args', 'hf:hf_shards']
-READERS_OF_RUNS = ['sample.py --out_dir=NAME', 'evaluate.py --out_dir=NAME --data=data/tiny_byte', 'export.py --out_dir=NAME --to=x',
+BROKEN_RUNS = ['pickle', 'zipped', 'torn', 'nothing', 'text', 'no_checkpoint', 'bare', 'no_args', 'no_weights', 'no_name',
+               'wings',
+               'no_config', 'no_parents', 'hf:hf_pickle', 'hf:hf_torn', 'hf:hf_empty', 'hf:hf_deep', 'hf:hf_no_args',
+               'hf:hf_shards']
+READERS_OF_RUNS = ['sample.py --out_dir=NAME', 'evaluate.py --out_dir=NAME --data=data/tiny_byte',
+                   'export.py --out_dir=NAME --to=x',
                    'train.py --init_from=NAME', 'train.py --model_type=drifting --encoder=NAME',
                    'evaluate.py --out_dir=run --judge=NAME', 'generate_diffusion.py --out_dir=NAME']
 
@@ -280,12 +324,14 @@ def test_a_broken_data_set(place, script, name):
     check(script, [READERS_OF_DATA[script].replace('NAME', name)], 'incomplete')
 
 
-@pytest.mark.parametrize('script, split', [('train.py', 'val'), ('train.py', 'train'), ('evaluate.py', 'val'), ('bench.py', 'train'),
+@pytest.mark.parametrize('script, split', [('train.py', 'val'), ('train.py', 'train'), ('evaluate.py', 'val'),
+                                                                                        ('bench.py', 'train'),
                                            ('train_diffusion_attention.py', 'train')])
 def test_ids_beyond_the_vocabulary(place, tmp_path, script, split):
     """Noticed where they are read, so that a run may have begun; the message names the file."""
     words = [*GIVEN[script], READERS_OF_DATA[script].replace('NAME', f'beyond_{split}')]
-    words += {'train.py': [f'--out_dir={tmp_path}/run'], 'train_diffusion_attention.py': [f'--log_dir={tmp_path}']}.get(script, [])
+    words += {'train.py': [f'--out_dir={tmp_path}/run'],
+        'train_diffusion_attention.py': [f'--log_dir={tmp_path}']}.get(script, [])
     done = run_here(script, *words)
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and f'{split}.bin holds the id 300' in done.stderr
     assert not os.path.exists(tmp_path / 'run' / 'ckpt_best.pt')
@@ -311,13 +357,14 @@ def test_a_run_that_was_copied_goes_on_in_its_own_folder(place, tmp_path):
     assert listing('.') == before
 
 
-@pytest.mark.parametrize('name', ['a b', "it's $HOME; `ls` & | > \"", 'résumé 日本', '-x', '\udcff'])
+@pytest.mark.parametrize('name', ["it's $HOME; `ls` & | > \" 日本", '-x', '\udcff'])
 def test_folders_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, 'call', train_here)
     os.mkdir(name)
     write(f'{name}/text.txt', pseudo_text())
-    succeed('prepare.py', f'--input={name}/text.txt', '--name=tiny', '--tokenizer=byte', '--num_proc=1', f'--data_dir={name}/data')
+    succeed('prepare.py', f'--input={name}/text.txt', '--name=tiny', '--tokenizer=byte', '--num_proc=1',
+            f'--data_dir={name}/data')
     data = ['--dataset=tiny_byte', f'--data_dir={name}/data']
     succeed('train.py', *TRAIN, *data, f'--out_dir={name}/out')
     succeed('train.py', '--init_from=resume', f'--out_dir={name}/out', '--max_iters=3')
@@ -326,7 +373,8 @@ def test_folders_of_any_name(tmp_path, monkeypatch, name):
     done = run_here('sample.py', f'--init_from=hf:./{name}/exported', '--num_samples=1', '--max_new_tokens=2')
     assert done.returncode == (2 if name == '\udcff' else 0)  # safetensors opens no file whose name is no Unicode
     write('recipe.py', '\n'.join(f'{key} = {value!r}' for key, value in TINY.items() if key != 'max_iters'))
-    succeed('compare.py', '--recipe=recipe.py', *data, '--variants=gpt2', '--seeds=1', '--tokens=128', '--samples=0', '--length=8',
+    succeed('compare.py', '--recipe=recipe.py', *data, '--variants=gpt2', '--seeds=1', '--tokens=128', '--samples=0',
+            '--length=8',
             f'--out_dir={name}/report')
 
 

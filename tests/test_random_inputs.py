@@ -1,7 +1,8 @@
 """
 What a user may write, drawn at random: values of options, templates, meta.json, and whole command lines.
 
-Each gives a result or a UserError, never another exception. RANDOM_COMMANDS=1000 draws more command lines than the suite does.
+Each gives a result or a UserError, never another exception. RANDOM_COMMANDS=1000 draws more command lines
+than the suite does.
 """
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, TINY, run_here
+from conftest import TINY, run_here
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ import sample
 import train
 import train_diffusion_attention
 from generate_diffusion import parse_template
-from model import TYPES, GPTConfig
+from model import GPTConfig
 from nanodrift.data import load_meta
 from nanodrift.options import UserError, build, parse_option, read_values
 from nanodrift.refinement import RefineConfig
@@ -46,9 +47,10 @@ FIELDS = {script: {f.name: f for cls in classes for f in fields(cls)} for script
 ALL_FIELDS = [f for names in FIELDS.values() for f in names.values()]
 
 strange_text = st.text(st.characters(exclude_characters='\0', exclude_categories=()), max_size=12)
-plain_values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-                         st.sampled_from([10 ** 400, 2 ** 63, -2 ** 64]),
-                         st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+plain_values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from([10 ** 400, 2 ** 63, -2 ** 64]), st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
 
 
 @few
@@ -170,17 +172,20 @@ BASE = {
     'bench.py': [*SMALL, '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=8', '--vocab_size=64', '--batch_size=2',
                  '--rounds=1', '--steps=2', '--new_tokens=3', '--streams=1', '--max_steps=2', '--compile=False'],
     'train_diffusion_attention.py': [
-        '--dataset=DATA/tiny_byte', '--n_layers=1', '--d_model=16', '--d_ff=16', '--n_heads=2', '--seq_len=8', '--batch_size=2',
+        '--dataset=DATA/tiny_byte', '--n_layers=1', '--d_model=16', '--d_ff=16', '--n_heads=2', '--seq_len=8',
+        '--batch_size=2',
         '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--exp_name=new', '--device=cpu', '--compile=False']}
 
 # of these a large value would be taken as it is, and take long
 COSTLY = {'n_layer', 'n_head', 'n_embd', 'n_inner', 'block_size', 'vocab_size', 'batch_size', 'max_iters', 'num_epochs',
           'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'max_steps', 'max_tokens', 'steps', 'rounds',
-          'new_tokens', 'streams', 'draws', 'windows', 'samples', 'tokens', 'seconds', 'n_layers', 'd_model', 'd_ff', 'n_heads',
+          'new_tokens', 'streams', 'draws', 'windows', 'samples', 'tokens', 'seconds', 'n_layers', 'd_model', 'd_ff',
+          'n_heads',
           'seq_len', 'epochs', 'drift_positives', 'num_proc', 'draft_tokens', 'seeds', 'eval_iters', 'length'}
 TEXTS = {
     'ckpt': ['best', 'last'], 'dataset': ['tiny_byte', 'missing', '../tiny_byte', 'tiny_byte/', '', 'DATA/tiny_byte'],
-    'data_dir': ['DATA', 'DATA/', '.', 'no'], 'data': ['DATA/tiny_byte', 'DATA', 'no', ''], 'log_dir': ['logs', 'a b', 'text.txt'],
+    'data_dir': ['DATA', 'DATA/', '.', 'no'], 'data': ['DATA/tiny_byte', 'DATA', 'no', ''], 'log_dir': ['logs', 'a b',
+    'text.txt'],
     'out_dir': ['run', 'run', 'hf:exported', 'run,DATA/encoder', 'out', 'a b', 'text.txt', 'text.txt/out', ''],
     'to': ['new', 'a b', 'é', 'text.txt', 'no/such/new', ''], 'html': ['new.html', 'no/new.html', '.'],
     'figure': ['new.png', 'x.html', 'no/new.png'], 'judge': ['DATA/encoder', 'run', 'no', 'hf:exported'],
@@ -192,8 +197,10 @@ TEXTS = {
     'template': ['[MASK:3]', 'a ____ b', 'no gap', '[MASK:99999]', 'FILE:text.txt', 'a [MASK] b\n', '\udcff____'],
     'repair': ['text.txt', 'FILE:text.txt', 'no', '.', 'rows.jsonl'],
     'ways': ['max_steps=2;max_steps=3,remask=flag', 'max_steps=0', 'x', ';', ',', 'device=cpu', '=', 'top_p=2'],
-    'variants': ['gpt2', 'gpt2,heat', 'diffusion', 'gpt2,gpt2', 'x', ',', 'duo', 'parallel add', 'drifting', 'drifting,gpt2'],
-    'launch': ['', 'no-such-program', '"', ' '], 'text_key': ['', 'text', 'title'], 'input': ['text.txt', 'rows.jsonl', '.', 'no'],
+    'variants': ['gpt2', 'gpt2,heat', 'diffusion', 'gpt2,gpt2', 'x', ',', 'duo', 'parallel add', 'drifting',
+    'drifting,gpt2'],
+    'launch': ['', 'no-such-program', '"', ' '], 'text_key': ['', 'text', 'title'], 'input': ['text.txt', 'rows.jsonl', '.',
+    'no'],
     'val_input': ['text.txt', 'rows.jsonl', 'no'], 'name': ['mine', '../mine', '', 'a b', '.x', 'é'],
     'only': ['ours', 'nanoGPT', 'x'], 'ignore_text': ['', 'the', '\udcff'], 'wandb_project': ['x'], 'wandb_run_name': ['x'],
     'device': ['auto', 'cpu', 'cpu:1', 'cuda', 'cuda:x', 'mps', 'warp', ''], 'seconds': ['0', '0.1', '-1'],
