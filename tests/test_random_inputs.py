@@ -289,7 +289,7 @@ def listing(folder):
             for path in [os.path.join(at, name) for name in names]}
 
 
-def train_here(config, words):
+def train_here(config, words, folder):
     """compare.call in this process."""
     done = run_here('train.py', *words)
     assert done.returncode in (0, train.DIVERGED), done.stderr
