@@ -86,6 +86,7 @@ class OwnDrafter:
 
     def draft(self, rows):
         """Guesses for each of these rows, and the distributions (n, K, V) they were drawn from."""
+        rows = torch.tensor(rows, device=self.q.device)
         return self.drafts[rows].tolist(), self.q[rows]
 
     def forget(self, rows):
@@ -99,6 +100,7 @@ class OwnDrafter:
         if self.drafts.size(1) != self.count:
             self.drafts = self.drafts.new_zeros(len(self.drafts), self.count)
             self.q = self.q.new_zeros(len(self.q), self.count, q.size(2))
+        rows = torch.tensor(rows, device=self.q.device)
         self.drafts[rows], self.q[rows] = drafts, q.to(self.q.dtype)
 
 
@@ -166,7 +168,7 @@ def one_pass(model, cache, rows, fresh, drafts, q, masks, rng, **how):
     q = F.one_hot(drawn, p.size(2)).to(p.dtype) if q is None else q[:, :K]
     accepted, after = verify(p, q, drawn, counts, rng=rng)
     cache.keep(first + 1 + accepted.cpu())
-    behind = x[:, causal:].unflatten(1, (-1, masks))[torch.arange(len(x)), accepted] if masks else None
+    behind = x[:, causal:].unflatten(1, (-1, masks))[torch.arange(len(x), device=device), accepted] if masks else None
     return [draft[:n] + [token] for draft, n, token in zip(drafts, accepted.tolist(), after.tolist())], behind
 
 

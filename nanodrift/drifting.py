@@ -273,8 +273,9 @@ def examples(own, start, rng, *, extra):
     return [*own, *(low + more).tolist()]
 
 
-def random_positions(T, rng):
-    return torch.randperm(T, generator=rng)[:POSITIONS].sort().values
+def random_positions(x, rng):
+    """Of x (B, T, ...), on its device."""
+    return torch.randperm(x.size(1), generator=rng)[:POSITIONS].sort().values.to(x.device)
 
 
 def make_fields(generated, real, positions, ids, ranks, config):
@@ -295,7 +296,7 @@ def make_fields(generated, real, positions, ids, ranks, config):
 def compute_drift_targets(model, batches, ranks, rng):
     """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
     `rng` is the same on all ranks."""
-    positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
+    positions, features = random_positions(batches[0][0], rng), FEATURES[model.config.drift_features]
     length = int(torch.randint(model.config.drift_prefix + 1, (), generator=rng))
     generated, real, prefixes = [], [], []
     for noise, style, ids in batches:
@@ -309,7 +310,7 @@ def compute_drift_targets(model, batches, ranks, rng):
 @torch.no_grad()
 def compute_token_drift_targets(model, batches, ranks, rng):
     """Token drift (arXiv 2605.19470): the same for corrupted ids, real ids and weights of the bound."""
-    positions, features = random_positions(batches[0][0].size(1), rng), FEATURES[model.config.drift_features]
+    positions, features = random_positions(batches[0][0], rng), FEATURES[model.config.drift_features]
     generated = [features(model.encoder, model.soft_tokens(X, model.trunk(X)), positions) for X, _, _ in batches]
     real = [features(model.encoder, model.encoder.transformer.wte(Y), positions) for _, Y, _ in batches]
     fields = make_fields(generated, real, positions, [Y for _, Y, _ in batches], ranks, model.config)

@@ -39,6 +39,7 @@ class KVCache:
         first, last = int(lengths.min()), int(lengths.max())
         offsets = torch.arange(T) if offsets is None else offsets
         self.T, self.end, self.rows, self.reach = T, last + T, rows, last + 1 + int(offsets.max())
+        self.rows_there = None if rows is None else rows.to(self.k.device)  # once, not in every layer
         self.start = first if first == last and rows is None else None  # where all rows write, if that is one place
         device = self.k.device
         lengths = (lengths[:1] if first == last else lengths).to(device)[:, None]
@@ -65,11 +66,11 @@ class KVCache:
         if self.start is not None:
             k_held[:, :, self.start:self.end], v_held[:, :, self.start:self.end] = k, v
         else:
-            rows = torch.arange(len(k_held)) if self.rows is None else self.rows
-            where = rows.to(k.device)[:, None], slice(None), self.slots  # indices in front: (B, T, H, D)
+            rows = torch.arange(len(k_held), device=k.device) if self.rows is None else self.rows_there
+            where = rows[:, None], slice(None), self.slots  # indices in front: (B, T, H, D)
             k_held[where], v_held[where] = k.transpose(1, 2).to(k_held.dtype), v.transpose(1, 2).to(v_held.dtype)
         k_held, v_held = k_held[:, :, :self.end], v_held[:, :, :self.end]
-        return (k_held, v_held) if self.rows is None else (k_held[self.rows], v_held[self.rows])
+        return (k_held, v_held) if self.rows is None else (k_held[self.rows_there], v_held[self.rows_there])
 
     def attend(self, sdpa, layer, q, k, v):
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""

@@ -1,0 +1,143 @@
+"""
+Whether all types keep to the device that they are on, shown without a GPU: see second_device.py. What stands for speed is
+counted on the way.
+"""
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import second_device
+import torch
+from conftest import WAYS
+from test_machine import finish
+from test_train import metrics
+
+import train
+from nanodrift import drafting
+from nanodrift.machine import Ranks
+from nanodrift.refinement import ORDERS, REMASKS, RefineConfig
+
+WITH_FIELD = ('drifting', 'token drift')
+# of a training step of the tiny models: operations that are not views, and MB that they read and write. A loop over
+# positions or rows, or a chunk that is too small, goes past these. Drifting takes its field in dozens of feature sets.
+OPERATIONS = {'drafts': 420, 'duo': 600, 'blocks': 430, 'shifted blocks': 440, 'drifting': 3800, 'token drift': 3100}
+MEGABYTES = {'drafts': 8, 'duo': 8, 'blocks': 6, 'shifted blocks': 7, 'drifting': 30, 'token drift': 22}
+
+
+QUICK = ('gpt2', 'diffusion', 'drifting')
+every_way = pytest.mark.parametrize('model_type', [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow)
+                                                   for way in WAYS])
+
+
+def on_second_device(function, argv, path, *args):
+    """Calls function(trainer, mode, *args) with all of a run on the second device, writes what it returns, as JSON."""
+    device = second_device.register()
+    config, model_config, _ = train.read_settings(argv)
+    with second_device.SecondDevice() as mode:
+        trainer = train.Trainer(config, model_config, Ranks(device=device))
+        found = function(trainer, mode, *args)
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(found, f)
+    return 0
+
+
+@pytest.fixture
+def second(fork, command_line, tmp_path):
+    """second(function, *args, **settings) -> what function(trainer, mode, *args) returned in a fork."""
+    def call(function, *args, **settings):
+        path = tmp_path / 'found.json'
+        finish([fork(on_second_device, function, command_line(**settings), str(path), *args)], tmp_path)
+        return json.loads(path.read_text())
+    return call
+
+
+def step(trainer, mode):
+    """The counts of a second step; before it, the validation loss at the start, and the first loss and norm of gradients."""
+    numbers = [trainer.evaluate('val')[trainer.objective.val_metric]]
+    trainer._step()
+    numbers += first_step(trainer.config.out_dir)
+    mode.operations, mode.bytes = 0, 0
+    mode.waits.clear()
+    trainer._step()
+    assert trainer.model.device.type == second_device.SECOND
+    return mode.operations, mode.bytes / 1e6, mode.waits.total(), numbers
+
+
+def first_step(out_dir):
+    entry = next(entry for entry in metrics(out_dir) if 'grad_norm' in entry)
+    return [entry['loss'], entry['grad_norm']]
+
+
+@every_way
+def test_training_and_evaluation_keep_to_their_device(second, tiny, model_type):
+    """And compute there what they compute on the CPU; without dropout and noise, which are others."""
+    settings = {'model_type': model_type} | ({'apply_diffusion': False} if model_type == 'dd' else {})
+    operations, megabytes, waits, numbers = second(step, **settings)
+    assert operations <= OPERATIONS.get(model_type, 360) and megabytes <= MEGABYTES.get(model_type, 5)
+    assert waits <= (9 if model_type in WITH_FIELD else 3)
+    trainer = train.Trainer(*tiny(out_dir='cpu', **settings), Ranks())
+    val = trainer.evaluate('val')[trainer.objective.val_metric]
+    trainer._step()
+    # attention is another function there
+    assert numbers == pytest.approx([val, *first_step(trainer.config.out_dir)], rel=1e-3)
+
+
+def write(trainer, mode, ways):
+    """What a model of this type can write, in all of these ways."""
+    trainer.objective = replace(trainer.objective, metrics=partial(trainer.objective.metrics, calibrated=True))
+    trainer.evaluate('val')  # as evaluate.py does
+    model, c = trainer.model.eval(), trainer.model.config
+    prompt = torch.arange(6, device=model.device).view(3, 2)
+    for way in ways:
+        if way == 'refine':
+            for strategy in ORDERS:
+                refined(model, strategy, 'none')
+            for remask in REMASKS:
+                refined(model, 'ancestral', remask)
+        elif way == 'at once':
+            for temperature in (1.0, 0.5):
+                ids = model.generate_at_once(2, temperature, seed=1, prefix=torch.arange(2))
+        elif way in ('ngram', 'own'):
+            for _ in drafting.generate(model, prompt, 6, 2, seed=1, top_k=5, own=way == 'own'):
+                pass
+        else:
+            more = c.block_size if way == 'past the window' else 5
+            ids = torch.stack(list(model.generate(prompt, more, top_k=9, top_p=0.9, seed=1, use_cache=way != 'no cache')))
+            assert ids.device.type == second_device.SECOND
+    return mode.waits.total()
+
+
+def refined(model, strategy, remask):
+    if model.config.diffusion_objective != 'repair' and (strategy == 'naive' or remask == 'flag'):
+        return  # not defined
+    canvas = torch.full((3, 12), model.config.vocab_size, device=model.device)
+    canvas[:, 0] = 1
+    options = RefineConfig(strategy=strategy, remask=remask, max_steps=3)
+    barred = 2, torch.ones_like(canvas, dtype=torch.bool)
+    *_, last = model.refine(canvas, options, seed=1, barred=barred)
+    assert last.ids.device.type == second_device.SECOND
+
+
+CAUSAL = ('cache', 'no cache', 'past the window', 'ngram')
+
+
+@every_way
+def test_generation_and_refinement_keep_to_their_device(second, model_type):
+    ways = {'diffusion': ['refine'], 'blocks': ['refine'], 'shifted blocks': ['refine'], 'token drift': ['refine'],
+            'drifting': ['at once'], 'drafts': [*CAUSAL, 'own']}.get(model_type, CAUSAL)
+    second(write, list(ways), model_type=model_type)
+
+
+def mix(trainer, mode, what):
+    x = torch.ones(4, device=trainer.ranks.device)
+    faults = {'tensors': lambda: x + torch.ones(4), 'index': lambda: x[torch.arange(2)],
+              'generator': lambda: torch.rand(4, generator=torch.Generator(), device=x.device)}
+    with pytest.raises(second_device.Mixed):
+        faults[what]()
+    assert float((x * 2).sum()) == 8 and x.cpu().device.type == 'cpu'
+
+
+@pytest.mark.parametrize('what', ['tensors', 'index', 'generator'])
+def test_a_mixture_of_devices_is_seen(second, what):
+    second(mix, what)
