@@ -4,12 +4,14 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, pseudo_text, run_here, run_script
+from conftest import OFFLINE, ROOT, TINY, pseudo_text, run_here, run_script
 from test_random_inputs import FIELDS, listing, train_here
 
 import bench
@@ -411,3 +413,20 @@ def test_a_locale_without_unicode(place, tmp_path):
     assert 'context 16' in run_script('evaluate.py', run, '--windows=2', env=env).stdout
     done = run_script('train.py', *train, '--sisé=3', env=env, check=False)
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('words, code, said', [
+    (['train.py', b'--dataset=\xff'], 2, b'does not exist'), (['train.py', b'--\xff=3'], 2, b'unknown key'),
+    (['train.py', b'\xff.py'], 2, b'no config file'), (['sample.py', b'--out_dir=\xff'], 2, b'no folder'),
+    (['sample.py', '--out_dir=run', b'--start=\xff', '--num_samples=1', '--max_new_tokens=2'], 0, b'tokens/s'),
+    (['prepare.py', b'--input=a\xffb.txt', '--name=x', '--tokenizer=byte', b'--data_dir=\xff'], 0, b'')])
+def test_words_that_are_no_unicode(place, tmp_path, words, code, said):
+    """As the system hands them over: bytes of another encoding."""
+    shutil.copytree('run', tmp_path / 'run')
+    write(os.fsencode(tmp_path) + b'/a\xffb.txt', pseudo_text())
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([ROOT, OFFLINE])}
+    done = subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *words[1:]], cwd=tmp_path, env=env,
+                          capture_output=True, timeout=120, check=False)
+    assert done.returncode == code and said in done.stderr and b'Traceback' not in done.stderr, done.stderr
+    assert code == 0 or done.stderr.count(b'\n') == 1

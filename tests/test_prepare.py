@@ -541,13 +541,36 @@ def test_interrupted(cli, tmp_path, name, code):
     assert snapshot(cli.work) == before
 
 
+def learn(started):
+    """Learns bpe for many seconds, with the handler of prepare.py."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rng = random.Random(0)
+    texts = [' '.join(''.join(rng.choices('abcdefghijklmnop', k=9)) for _ in range(20000)) for _ in range(20)]
+    write(started, '')
+    train_bpe(60000, texts)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_learning_of_bpe_at_once(fork, tmp_path, number):
+    process = fork(learn, tmp_path / 'started')
+    while not (tmp_path / 'started').exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(timeout=5)
+    assert process.exitcode == -number
+
+
 def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
     """Killed between any two steps, the folder counts as whole only where all of its files belong together."""
     def build(folder, ids):
         for split in ('train', 'val'):
             write(folder / f'{split}.bin', bytes(ids))
-        write(folder / 'meta.json', json.dumps({'dtype': 'uint16', 'splits': {
-            split: {'tokens': len(ids) // 2} for split in ('train', 'val')}}))
+        splits = {split: {'tokens': len(ids) // 2, 'bytes': 1} for split in ('train', 'val')}
+        write(folder / 'meta.json', json.dumps({'dtype': 'uint16', 'vocab_size': 300, 'eot': 299, 'tokenizer': {},
+                                                'splits': splits}))
     for steps in range(4):
         old, new = tmp_path / f'old{steps}', tmp_path / f'new{steps}'
         build(old, [0, 0]), build(new, [1, 1])
