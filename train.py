@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, load_encoder
-from nanodrift import checkpoint, huggingface
+from nanodrift import checkpoint, huggingface, sharding
 from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
@@ -87,6 +88,8 @@ class TrainConfig:
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
     gradient_checkpointing: bool = option(False, 'recompute activations in the backward pass: less memory, slower')
+    sharding: str = option('none', "'fsdp': each rank keeps a share of the weights and optimizer states, for models that do "
+                           'not fit one GPU', ('none', 'fsdp'))
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
     ddp_timeout: int = option(1800, 'seconds that ranks wait for each other before they give up', at_least=1)
     # wandb
@@ -123,15 +126,23 @@ class Trainer:
             raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
                             f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
+        self.sharded = config.sharding == 'fsdp' and ranks.world_size > 1
+        if self.sharded and self.dtype == 'float16':
+            raise UserError('sharding=fsdp does not scale the loss, as float16 needs it: --dtype=bfloat16 or float32')
         self.iter_num, self.best_val_loss, self.log_bytes = 0, math.inf, 0
         self.evaluated_iter, self.saved_iter = -1, -1
         self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
         self.run_id, self.parents = uuid.uuid4().hex, []
         self.meta = load_meta(os.path.join(config.data_dir, config.dataset))
+        if any(splits != self.meta['splits'] for splits in ranks.gather(self.meta['splits'])):
+            raise UserError(f'the ranks find different data in data_dir={config.data_dir}: copy one prepared folder to all '
+                            'machines, or share it')
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
         if ranks.device.type == 'cuda':
             torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
         self.model = self._build_model(model_config, resumed)
+        if self.sharded:
+            sharding.shard(self.model, ranks.world_size)
         self.objective = objective or self.model.objective
         self.windows = {split: self._windows(split) for split in ('train', 'val')}
         self.examples_per_iter = config.batch_size * config.gradient_accumulation_steps
@@ -192,13 +203,13 @@ class Trainer:
                 batches = self.objective.compute_targets(self.model, list(batches), ranks, rng)
         for i, batch in enumerate(batches):
             last = i == here - 1
-            with nullcontext() if last or ranks.world_size == 1 else self.network.no_sync():
+            with self._exchange(last):
                 with autocast(ranks.device, self.dtype):
                     _, loss = self.network(*batch, return_logits=False)
                 self.scaler.scale(loss / here).backward()  # DDP takes the mean over ranks
             total += loss.detach() / here
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf))
         total = float(ranks.sum(total)) / ranks.world_size
         self._check_finite(total, float(norm))
         self.scaler.step(self.optimizer)
@@ -210,6 +221,12 @@ class Trainer:
             self.ema.update(self.iter_num)
         if self.log:
             self.log.step(total, lr, float(norm), time.perf_counter() - started)
+
+    def _exchange(self, last):
+        """The context of a micro-batch: the ranks exchange gradients after the last one alone."""
+        if self.sharded:
+            self.network.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.sharded or self.ranks.world_size == 1 else self.network.no_sync()
 
     def _batch(self, micro):
         """The micro-batch with this number among those of the iteration, of all ranks."""
@@ -276,6 +293,8 @@ class Trainer:
             metrics = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
                                    partial(objective.metrics, self.model), self.ranks, self.dtype,
                                    stopping=lambda: self.stop_signal is not None)
+        if self.sharded:
+            self.model.reshard()  # what is still gathered may be averages
         self.model.train()
         return objective.summary(metrics)
 
@@ -374,22 +393,25 @@ class Trainer:
 
     def _wrap(self, model):
         if self.config.compile and compiler_works(self.ranks.device):
-            model.compile_blocks()
-        if self.ranks.world_size == 1:
+            (partial(sharding.compile_blocks, model) if self.sharded else model.compile_blocks)()
+        if self.ranks.world_size == 1 or self.sharded:
             return model
         ids = [self.ranks.device.index] if self.ranks.device.type == 'cuda' else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action='ignore'):  # torch 2.13 has another name for it, which older versions lack
+            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)  # they are the same on all ranks
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
     def state(self, random_states):
-        """Everything that resuming needs, as tensors and plain values."""
-        return {
-            'model': self.model.state_dict(), 'ema': self.ema.state() if self.ema else {},
-            'optimizer': self.optimizer.state_dict(),
+        """Everything that resuming needs, as tensors and plain values; on the first rank, but all must call it."""
+        tensors = {'model': self.model.state_dict(keep_vars=self.sharded), 'ema': self.ema.state() if self.ema else {},
+                   'optimizer': self.optimizer.state_dict()}
+        return sharding.gathered(tensors, self.ranks.first) | {
             'scaler': self.scaler.state_dict(), 'model_args': asdict(self.model.config), 'config': self.settings(),
             'tokenizer': self.meta['tokenizer'], 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
-            'evaluated_iter': self.evaluated_iter, 'random_states': random_states, 'log_bytes': self.log.bytes(),
+            'evaluated_iter': self.evaluated_iter, 'random_states': random_states,
+            'log_bytes': self.log.bytes() if self.log else 0,
             'examples_seen': self.examples_seen, 'data': text_hashes(self.meta),
             'run_id': self.run_id, 'parents': self.parents, 'commit': self.commit,
             'encoder': None if self.model.encoder is None else self.model.encoder.source['fingerprint'],
@@ -417,11 +439,11 @@ class Trainer:
     def _restore_state(self, state):
         """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
         checkpoint.check_encoder(self.model, state)
-        checkpoint.load_weights(self.model, state['model'])
+        checkpoint.load_weights(self.model, sharding.share_weights(state['model'], self.model))
         if self.ema:
             self.ema.load(state.get('ema') or state['model'])
         settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state['optimizer'])
+        self.optimizer.load_state_dict(sharding.share_optimizer(state['optimizer'], self.optimizer))
         for group, now in zip(self.optimizer.param_groups, settings):
             group.update(now)  # load_state_dict also loaded the old weight_decay and betas
         if state['scaler']:  # empty where the run was not in float16 before
@@ -457,10 +479,11 @@ class Trainer:
         if self.ranks.device.type == 'cuda':
             mine['cuda'] = torch.cuda.get_rng_state(self.ranks.device)
         random_states = self.ranks.gather(mine)
+        state = self.state(random_states) if self.ranks.first or self.sharded else None
         if self.ranks.first:
             if self.best_val_loss == math.inf:
                 checkpoint.forget_best(self.config.out_dir)  # of an earlier run in this folder
-            checkpoint.save(self.config.out_dir, self.state(random_states), names)
+            checkpoint.save(self.config.out_dir, state, names)
             if self._keeps():
                 checkpoint.keep(self.config.out_dir, self.iter_num)
         self.saved_iter = self.iter_num
@@ -508,26 +531,30 @@ class EMA:
 
     def __init__(self, model, decay):
         self.model, self.decay = model, decay
-        self.parameters = list(model.parameters())
-        self.values = [p.detach().clone() for p in self.parameters]
+        self.parameters = [sharding.local(p.detach()) for p in model.parameters()]
+        self.values = [p.clone() for p in self.parameters]
 
     def update(self, iter_num):
         """After each iteration; the first ones count for less, so that the initial weights are soon forgotten."""
         decay = min(self.decay, (1 + iter_num) / (10 + iter_num))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
 
     def state(self):
         """The model's state dict, as it is with the averages."""
         with self:
-            return self.model.state_dict()
+            copies = {}  # tied weights are one tensor here too
+            return {name: copies.setdefault(id(tensor), tensor.detach().clone())
+                    for name, tensor in self.model.state_dict(keep_vars=True).items()}
 
     def load(self, state):
         with self:
-            self.model.load_state_dict(state)
+            self.model.load_state_dict(sharding.share_weights(state, self.model))
 
     def _swap(self, *_):
-        for i, p in enumerate(self.parameters):
-            self.values[i], p.data = p.data, self.values[i]
+        for p, value in zip(self.parameters, self.values):  # in place: fully_shard keeps the memory of its shares
+            before = p.clone()
+            p.copy_(value)
+            value.copy_(before)
 
     __enter__ = __exit__ = _swap
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, resume
+from conftest import ROOT, WAYS, resume
 from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
@@ -36,19 +36,26 @@ def without_noise(model_type):
     return {'model_type': model_type} | ({'apply_diffusion': False} if model_type == 'dd' else {})
 
 
+def assert_near(weights, others, band=1e-6):
+    assert list(weights) == list(others)
+    for name, weight in weights.items():
+        assert (weight - others[name]).abs().max() < band, name
+
+
 @pytest.mark.slow
 @every_type
-@pytest.mark.parametrize('order, grad_clip', [('epoch', 0.0), ('random', 0.1)])
-def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, order, grad_clip):
+@pytest.mark.parametrize('order, grad_clip, more', [('epoch', 0.0, {}), ('random', 0.1, {}),
+                                                    ('random', 0.1, {'sharding': 'fsdp', 'ema': 0.5})])
+def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, order, grad_clip, more):
     """The same global batch, 2 micro-batches on one rank or 1 on each of two. The log holds global loss and norm."""
-    overrides = TWO | without_noise(model_type) | dict(data_order=order, grad_clip=grad_clip, max_iters=5)
+    overrides = TWO | without_noise(model_type) | dict(data_order=order, grad_clip=grad_clip, max_iters=5) | more
     one, model_config = tiny(out_dir='one', **overrides)
     train.train(one, model_config)
     finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
     a, b = load(one.out_dir), load(str(tmp_path / 'two'))
     assert list(a['model']) == list(b['model'])  # no prefixes
-    for name, weight in a['model'].items():
-        assert (weight - b['model'][name]).abs().max() < 1e-6, name
+    assert_near(a['model'], b['model'])
+    assert_near(a['ema'], b['ema'])
     for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
         assert {k for k, v in mine.items() if v is None} == {k for k, v in theirs.items() if v is None}
         known = {k: v for k, v in mine.items() if v is not None}
@@ -82,12 +89,68 @@ def test_gradients_of_two_ranks_are_those_of_one(tiny, command_line, fork_ranks,
         assert (p.grad - two[name]).abs().max() <= min(1e-6 * max(1, largest), largest / 10), name
 
 
+SHARDED = TWO | {'sharding': 'fsdp', 'max_iters': 2, 'eval_interval': 2, 'decay_lr': False}
+
+
+@pytest.mark.parametrize('model_type', ['gpt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in WAYS[1:])])
+def test_a_sharded_run_goes_on_in_one_process_and_back(tiny, command_line, fork_ranks, tmp_path, model_type):
+    """Its checkpoint is that of one process: 2 ranks, then 1, then 2 take the steps of one."""
+    overrides = SHARDED | without_noise(model_type) | {'ema': 0.5}
+    finish(fork_ranks(train_rank, command_line(**overrides)), tmp_path)
+    run = str(tmp_path / 'run')
+    assert resume(run, '--max_iters=4') == 0
+    finish(fork_ranks(train_rank, ['--init_from=resume', f'--out_dir={run}', '--max_iters=6']), tmp_path)
+    one, model_config = tiny(out_dir='one', **overrides | {'max_iters': 6})
+    train.train(one, model_config)
+    a, b = load(one.out_dir), load(run)
+    for weights in ('model', 'ema'):
+        assert_near(a[weights], b[weights], 1e-4)  # a bias of k has no gradient but rounding, which Adam makes large
+    assert [e['val_loss'] for e in metrics(run) if 'val_loss' in e] == pytest.approx(
+        [e['val_loss'] for e in metrics(one.out_dir) if 'val_loss' in e], rel=1e-5)
+    if 'lm_head.weight' in b['model']:
+        assert b['model']['lm_head.weight'].data_ptr() == b['model']['transformer.wte.weight'].data_ptr()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize('more', [{'compile': True, 'dtype': 'bfloat16'}, {'gradient_checkpointing': True,
+                                                                          'gradient_accumulation_steps': 4}])
+def test_sharded_compiled_and_recomputed(tiny, command_line, fork_ranks, tmp_path, more):
+    finish(fork_ranks(train_rank, command_line(out_dir='sharded', **SHARDED | more)), tmp_path)
+    one, model_config = tiny(out_dir='one', **SHARDED | more | {'compile': False, 'gradient_checkpointing': False})
+    train.train(one, model_config)
+    a, b = ([e['loss'] for e in metrics(out_dir) if 'loss' in e] for out_dir in (one.out_dir, tmp_path / 'sharded'))
+    assert a == pytest.approx(b, rel=1e-2 if 'compile' in more else 1e-6)
+
+
+def test_sharding_in_float16_is_refused(command_line, fork_ranks, tmp_path):
+    said = finish(fork_ranks(exit_code, command_line(dtype='float16', **SHARDED)), tmp_path, code=2)
+    assert '--dtype=bfloat16' in said
+
+
+def train_rank_on_its_own_data(argv):
+    """Each rank has a data set of its own in the same place, as machines that share nothing have."""
+    real = train.load_meta
+
+    def load_meta(folder):
+        meta = real(folder)
+        meta['splits']['train']['text_sha256'] += os.environ['RANK']
+        return meta
+    train.load_meta = load_meta
+    return exit_code(argv)
+
+
+def test_ranks_that_find_different_data(command_line, fork_ranks, tmp_path):
+    said = finish(fork_ranks(train_rank_on_its_own_data, command_line(**TWO)), tmp_path, code=2)
+    assert 'different data' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sharding', ['none', 'fsdp'])
 @every_type
-def test_two_ranks_evaluate_exactly_as_one(tiny, command_line, fork_ranks, tmp_path, model_type):
+def test_two_ranks_evaluate_exactly_as_one(tiny, command_line, fork_ranks, tmp_path, model_type, sharding):
     """An odd number of batches, the last of them not full, and fewer batches than ranks."""
     for name, overrides in (('whole', dict(eval_iters=0, batch_size=2)), ('single', dict(eval_iters=1))):
-        overrides = TWO | overrides | dict(eval_only=True, model_type=model_type)
+        overrides = TWO | overrides | dict(eval_only=True, model_type=model_type, sharding=sharding)
         one, model_config = tiny(out_dir=f'{name}1', **overrides)
         train.train(one, model_config)
         finish(fork_ranks(train_rank, command_line(out_dir=f'{name}2', **overrides)), tmp_path)
