@@ -651,6 +651,8 @@ def train(config, model_config, resumed=None):
         if len(set(starts)) > 1:
             raise UserError(f'the ranks find different checkpoints in out_dir={config.out_dir}: it must be one folder that '
                             'all machines share')
+        if not config.eval_only and not all(ranks.gather(os.path.isdir(config.out_dir))):  # the first rank has made it
+            raise UserError(f'some ranks do not see out_dir={config.out_dir}: it must be one folder that all machines share')
         return Trainer(config, model_config, ranks, resumed).train()
 
 

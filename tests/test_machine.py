@@ -200,6 +200,11 @@ def test_ranks_that_find_different_checkpoints(command_line, fork_ranks, tmp_pat
     assert load(str(tmp_path / 'run'))['iter_num'] == 4
 
 
+def test_ranks_that_do_not_share_a_new_folder(command_line, fork_ranks, tmp_path):
+    said = finish(fork_ranks(train_rank_in_its_own_folder, command_line(**TWO)), tmp_path, code=2)
+    assert 'some ranks do not see out_dir' in said and not (tmp_path / 'run').exists()
+
+
 def train_rank_in_its_own_folder(argv):
     machine_name = f'-{os.environ["RANK"]}' * (os.environ['RANK'] != '0')
     return exit_code([word + machine_name * word.startswith('--out_dir') for word in argv])
