@@ -292,7 +292,8 @@ class Trainer:
         with self.ema or nullcontext():
             metrics = over_windows(windows, offsets, c.batch_size, objective.eval_batch or objective.make_batch,
                                    partial(objective.metrics, self.model), self.ranks, self.dtype,
-                                   stopping=lambda: self.stop_signal is not None)
+                                   stopping=self._agree_to_stop if self.sharded else lambda: self.stop_signal is not None,
+                                   in_step=self.sharded)
         if self.sharded:
             self.model.reshard()  # what is still gathered may be averages
         self.model.train()
@@ -312,13 +313,18 @@ class Trainer:
         if self.ranks.world_size == 1:  # torchrun may repeat a signal that the rank already received
             signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
-    def _stopping(self):
-        """Whether to stop now; ranks agree, since the signal reaches them at different moments."""
+    def _agree_to_stop(self):
+        """The number of a signal that a rank has, or 0; ranks agree, since it reaches them at different moments."""
         agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
             flag = torch.tensor(agreed, device=self.ranks.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             agreed = int(flag)
+        return agreed
+
+    def _stopping(self):
+        """Whether to stop now."""
+        agreed = self._agree_to_stop()
         if agreed:
             # set here, so that a signal received since is handled one iteration later on all ranks together
             self.stop_signal = agreed

@@ -162,18 +162,22 @@ class Interrupted(Exception):
 
 @torch.no_grad()
 def over_windows(windows, offsets, batch_size, make_batch, measure, ranks, dtype, draws=1, counted=0,
-                 stopping=lambda: False):
+                 stopping=lambda: False, in_step=False):
     """
     {name: metric} of `measure(X, Y, W)` over the windows at these offsets.
 
     Batches are dealt to the ranks and combined in one order, so that any number of ranks gives the same number; no random
     state moves. With draws > 1 every window is masked anew each time; Rows keep the mean. With `counted`, only the last
-    `counted` predictions of a window count, except in the first window.
+    `counted` predictions of a window count, except in the first window. With in_step all ranks measure equally often, as
+    models need that are shared out: where batches do not suffice, one is measured twice.
     """
     batches = [offsets[i:i + batch_size] for i in range(0, len(offsets), batch_size)]
     todo = [(draw, i) for draw in range(draws) for i in range(len(batches))]
     mine = {}  # {(draw, number of the batch): {name: metric}}
-    for draw, i in todo[ranks.rank::ranks.world_size]:
+    dealt = todo[ranks.rank::ranks.world_size]
+    if in_step and len(dealt) < math.ceil(len(todo) / ranks.world_size):
+        dealt.append(todo[0])
+    for draw, i in dealt:
         if stopping():
             break
         rng = torch.Generator().manual_seed(derive_seed(Stream.EVAL_BATCH, i, *[draw] * bool(draw)))

@@ -54,8 +54,8 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
     a, b = load(one.out_dir), load(str(tmp_path / 'two'))
     assert list(a['model']) == list(b['model'])  # no prefixes
-    assert_near(a['model'], b['model'])
-    assert_near(a['ema'], b['ema'])
+    for weights in ('model', 'ema'):  # sharding adds up gradients in another order, which Adam makes large where they are 0
+        assert_near(a[weights], b[weights], 1e-4 if more else 1e-6)
     for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
         assert {k for k, v in mine.items() if v is None} == {k for k, v in theirs.items() if v is None}
         known = {k: v for k, v in mine.items() if v is not None}
@@ -171,10 +171,12 @@ def train_and_signal_rank_1(argv):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('sharding', ['none', 'fsdp'])
 @every_type
-def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type):
+def test_two_ranks_resume_exactly(command_line, fork_ranks, tmp_path, model_type, sharding):
     """With dropout, that is with a random state for each rank; a signal to one rank alone stops both."""
-    overrides = HARD | dict(model_type=model_type, max_iters=22, eval_interval=10, eval_iters=1, n_layer=2)
+    overrides = HARD | dict(model_type=model_type, max_iters=22, eval_interval=10, eval_iters=1, n_layer=2,
+                            sharding=sharding)
     finish(fork_ranks(train_rank, command_line(out_dir='straight', **overrides)), tmp_path)
     said = finish(fork_ranks(train_and_signal_rank_1, command_line(out_dir='cut', **overrides)), tmp_path, code=143)
     cut = str(tmp_path / 'cut')
