@@ -274,14 +274,17 @@ def torchrun(place, name, way='gpt2', **more):
                             stderr=subprocess.PIPE, encoding='utf-8', env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
-def signal_rank(process, rank, number):
-    """Sends a signal to a rank that torchrun has started."""
-    with open(f'/proc/{process.pid}/task/{process.pid}/children', encoding='utf-8') as f:
-        children = f.read().split()
-    for pid in children:
-        with open(f'/proc/{pid}/environ', 'rb') as f:
-            if f'RANK={rank}'.encode() in f.read().split(b'\0'):
-                os.kill(int(pid), number)
+def find(process, rank, but=None):
+    """The process id of a rank that torchrun has started, other than `but`; None where torchrun has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # they may end meanwhile
+            with open(f'/proc/{process.pid}/task/{process.pid}/children', encoding='utf-8') as f:
+                children = map(int, f.read().split())
+            for pid in children:
+                with open(f'/proc/{pid}/environ', 'rb') as f:
+                    if pid != but and f'RANK={rank}'.encode() in f.read().split(b'\0'):
+                        return pid
+        time.sleep(0.01)
 
 
 def ranks(place, i):
@@ -297,9 +300,9 @@ def ranks(place, i):
     for rank, after in zip(numbers, (place.rng.randint(1, 30), place.rng.randint(31, 65))):
         while iterations(place.path('run')) < after and process.poll() is None:
             time.sleep(0.002)
-        signal_rank(process, rank, signal.SIGKILL)
-        while iterations(place.path('run')) >= after and process.poll() is None:  # until the log is cut
-            time.sleep(0.002)
+        pid = find(process, rank)
+        os.kill(pid, signal.SIGKILL)
+        find(process, rank, but=pid)  # it is started again
     _, said = process.communicate()
     if process.returncode:
         raise Lost(f'exit code {process.returncode}: {said[-600:]}')
@@ -307,15 +310,16 @@ def ranks(place, i):
 
 
 def hung(place, i):
-    """torchrun with 2 ranks: one stopped with SIGSTOP, named by the other and by a line, and resumed by torchrun"""
+    """torchrun with 2 ranks: one stopped with SIGSTOP; the other names it, and torchrun starts both again"""
     more = dict(max_iters=60, gradient_accumulation_steps=2, ddp_timeout=5)
     if not os.path.isdir(place.path('ranks-hung')):
         assert torchrun(place, 'ranks-hung', **more).wait() == 0
         place.straight['gpt2', *more.items()] = place.path('ranks-hung'), 0.0
     process, rank = torchrun(place, 'run', **more), i % 2
-    while iterations(place.path('run')) < place.rng.randint(1, 50):
+    after = place.rng.randint(1, 50)
+    while iterations(place.path('run')) < after:
         time.sleep(0.002)
-    signal_rank(process, rank, signal.SIGSTOP)
+    os.kill(find(process, rank), signal.SIGSTOP)
     _, said = process.communicate()
     if f'rank {1 - rank}: rank {rank} did not answer' not in said or process.returncode:
         raise Lost(f'exit code {process.returncode}: {said[-600:]}')
