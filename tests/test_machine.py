@@ -59,7 +59,7 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
         assert {k for k, v in mine.items() if v is None} == {k for k, v in theirs.items() if v is None}
         known = {k: v for k, v in mine.items() if v is not None}
-        assert known == pytest.approx({k: theirs[k] for k in known}, rel=1e-5)
+        assert known == pytest.approx({k: theirs[k] for k in known}, rel=1e-4 if more else 1e-5)
 
 
 def save_gradients(argv, path):
