@@ -51,7 +51,7 @@ class GPTConfig:
     published: bool = option(False, 'the published form; adaptive heat and duo see the future', types=('dd', 'heat', 'duo'))
 
     # gpt2 and rotating: drafts of their own text
-    draft_block: int = option(0, 'tokens that the model learns to guess ahead, for sample.py --draft=own; 0 has none',
+    draft_block: int = option(0, 'tokens that the model learns to guess ahead, for drafts; 0 has none',
                               types=('gpt2', 'rotating'), at_least=0)
     draft_weight: float = option(0.3, 'weight of the loss of these guesses; 0 trains exactly the model without them',
                                  types=('gpt2', 'rotating'), at_least=0)

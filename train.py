@@ -390,9 +390,11 @@ class Trainer:
         self.parents = [source['run_id'], *source['parents']]
         rows, known = known_ids(source), self.meta['vocab_size']
         if rows not in (known, known + model_config.mask_tokens):
-            if source['tokenizer']:  # which is that of the data, as was checked
-                raise UserError(f'{c.init_from} has a mask token, which {model_config.model_type} has not: add '
-                                f'--model_type={source["model_args"]["model_type"]}')
+            theirs = source['model_args']
+            if source['tokenizer'] and rows == known + 1:  # that of the data, as was checked
+                drafts = f' --draft_block={theirs["draft_block"]}' if theirs['model_type'] == model_config.model_type else ''
+                raise UserError(f'{c.init_from} has a mask token, which this model has not: add '
+                                f'--model_type={theirs["model_type"]}{drafts}')
             raise UserError(f'{c.init_from} has a vocabulary of {rows}, the data set one of {known}: prepare the data with '
                             'the tokenizer of the weights')
         return source

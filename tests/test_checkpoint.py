@@ -113,7 +113,8 @@ def same(a, b):
 
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     """At any place: in the values, in the pickle, in the directory of the file."""
-    state = dict.fromkeys(KEYS, 0) | {'iter_num': 7, 'model': {str(k): torch.randn(400) for k in range(3)}}
+    state = {'iter_num': 7, 'model': {str(k): torch.randn(400) for k in range(3)}, 'model_args': {}, 'config': {},
+             'tokenizer': {}, 'run_id': 'a', 'parents': []}
     checkpoint.save(str(tmp_path), state, ['last'])
     path, noticed = str(tmp_path / 'ckpt.pt'), 0
     size = os.path.getsize(path)

@@ -53,8 +53,8 @@ def test_the_numbers_of_the_streams_never_change():
     numbers = {name: int(stream) for name, stream in Stream.__members__.items()}
     assert numbers == {
         'RANDOM_WINDOWS': 1, 'EPOCH_ORDER': 2, 'TRAIN_BATCH': 3, 'EVAL_BATCH': 4, 'SAMPLES': 5, 'HELD_OUT': 6,
-        'REFERENCE_ROWS': 7, 'FIRST_TOKENS': 8, 'DRIFT_TARGETS': 9, 'SHOWN_TEXTS': 10, 'REPLACED_TOKENS': 9, 'POINTS': 8,
-        'MEASURED_POINTS': 9}
+        'REFERENCE_ROWS': 7, 'FIRST_TOKENS': 8, 'DRIFT_TARGETS': 9, 'SHOWN_TEXTS': 10, 'ITERATION': 11, 'REPLACED_TOKENS': 9,
+        'POINTS': 8, 'MEASURED_POINTS': 9}
     assert derive_seed(Stream.EVAL_BATCH, 7) == derive_seed(4, 7) == 2427256687203335661
 
 
