@@ -300,7 +300,8 @@ def ranks(place, i):
     for rank, after in zip(numbers, (place.rng.randint(1, 30), place.rng.randint(31, 65))):
         while iterations(place.path('run')) < after and process.poll() is None:
             time.sleep(0.002)
-        pid = find(process, rank)
+        if (pid := find(process, rank)) is None:
+            break  # the run has ended by itself
         os.kill(pid, signal.SIGKILL)
         find(process, rank, but=pid)  # it is started again
     _, said = process.communicate()
