@@ -127,8 +127,6 @@ class Trainer:
                             f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.sharded = config.sharding == 'fsdp' and ranks.world_size > 1
-        if self.sharded and self.dtype == 'float16':
-            raise UserError('sharding=fsdp does not scale the loss, as float16 needs it: --dtype=bfloat16 or float32')
         self.iter_num, self.best_val_loss, self.log_bytes = 0, math.inf, 0
         self.evaluated_iter, self.saved_iter = -1, -1
         self.commit = checkpoint.commit()  # now: by the time of a later save the files may be others
@@ -405,7 +403,8 @@ class Trainer:
         if self.ranks.world_size == 1 or self.sharded:
             return model
         ids = [self.ranks.device.index] if self.ranks.device.type == 'cuda' else None
-        with warnings.catch_warnings(action='ignore'):  # torch 2.13 has another name for it, which older versions lack
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch 2.13 has another name for broadcast_buffers, which older versions lack
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
                                            broadcast_buffers=False)  # they are the same on all ranks
 

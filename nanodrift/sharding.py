@@ -7,12 +7,12 @@ A checkpoint is the one file that a single process writes: the ranks gather each
 on the CPU. torch.distributed.checkpoint would write a folder with a file of each rank, which is faster for tens of billions
 of parameters, but sampling, evaluation, export and a run without sharding could not read it. The price is 12 bytes per
 parameter of the first rank's memory on the CPU, 18 GB for 1.5 billion.
+
+fully_shard takes half as long to import as all the rest of a run, so only a run that is shared out imports it; its tensors
+are told by their method full_tensor.
 """
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 
 def blocks_of(model):
@@ -22,6 +22,9 @@ def blocks_of(model):
 def shard(model, world_size):
     """Shares out the parameters, blocks one by one. What is left, embeddings and head above all, stays gathered from the
     forward to the backward pass, because losses and metrics use it outside of the model's own forward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(model.device.type, (world_size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
@@ -37,14 +40,18 @@ def compile_blocks(model):
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
+def is_shared(value):
+    return hasattr(value, 'full_tensor')
+
+
 def local(tensor):
     """A rank's share of a tensor, in the same memory; all of a tensor that is not shared out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor
 
 
 def whole(value):
     """A tensor that is shared out as a whole, on every rank; others as they are."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_shared(value) else value
 
 
 def gathered(state, keep):
@@ -52,17 +59,21 @@ def gathered(state, keep):
     done = {}  # tied weights are gathered once, and stay one tensor
 
     def gather(tensor):
+        if not is_shared(tensor):
+            return tensor
         if id(tensor) not in done:
             full = tensor.detach().full_tensor()
             done[id(tensor)] = full.cpu() if keep else None
         return done[id(tensor)]
-    return tree_map_only(DTensor, gather, state)
+    return tree_map(gather, state)
 
 
 def share(tensor, like):
     """What this rank has of a whole tensor, where `like` is shared out; otherwise the tensor."""
-    if not isinstance(like, DTensor) or not tensor.dim():
+    if not is_shared(like) or not tensor.dim():
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
