@@ -21,7 +21,8 @@ from nanodrift.refinement import ORDERS, REMASKS, RefineConfig
 WITH_FIELD = ('drifting', 'token drift')
 # of a training step of the tiny models: operations that are not views, and MB that they read and write. A loop over
 # positions or rows, or a chunk that is too small, goes past these. Drifting takes its field in dozens of feature sets.
-OPERATIONS = {'drafts': 420, 'rotating': 400, 'duo': 600, 'blocks': 430, 'shifted blocks': 440, 'drifting': 3800, 'token drift': 3100}
+OPERATIONS = {'drafts': 420, 'rotating': 400, 'duo': 600, 'blocks': 430, 'shifted blocks': 440, 'drifting': 3800,
+              'token drift': 3100}
 MEGABYTES = {'drafts': 8, 'duo': 8, 'blocks': 6, 'shifted blocks': 7, 'drifting': 30, 'token drift': 22}
 
 
