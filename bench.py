@@ -336,16 +336,23 @@ def small_model(changes, n_layer):
     return GPT(c, GPT(encoder).eval() if encoder else None)
 
 
+def drifting_flops(c, params):
+    """Operations for each token. The generator runs forward twice, the first time for the targets, and back once; the blocks
+    of the encoder, 12 C^2 parameters in a layer, run forward three times, and back to their inputs. Back through attention
+    is twice the work of forward."""
+    attention = 4 * c.n_layer * c.n_embd * c.block_size  # forward, in either
+    return 8 * params + 4 * attention + 8 * 12 * c.n_layer * c.n_embd ** 2 + 5 * attention
+
+
 def plan_row(changes, size, tokens):
     """What a variant needs at a size of GPT-2, with steps of so many tokens on each GPU."""
     n_layer, n_head, n_embd = plan.SIZES[size]
     c, encoder = model_of(changes, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device('meta'):
         model = Generator(c) if encoder else GPT(c)
-        frozen = GPT(encoder).num_params() if encoder else 0
+        frozen = sum(p.numel() for p in GPT(encoder).parameters()) if encoder else 0
     params = sum(p.numel() for p in model.parameters())
-    attention = 12 * c.n_layer * c.n_embd * c.block_size  # of the generator; the encoder runs forward three times, back once
-    flops = 6 * params + attention + 8 * frozen + 4 * attention // 3 if encoder else model.flops_per_token()
+    flops = drifting_flops(c, params) if encoder else model.flops_per_token()
     kept = plan.KeptPerToken.of(partial(small_model, changes), 64, 64)
     return plan.row(params, frozen, flops, kept, c, tokens)
 

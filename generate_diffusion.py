@@ -8,7 +8,6 @@ Text out of a masked diffusion checkpoint, by refinement: from nothing, after a 
 
 A model with diffusion_block writes text of any length, and shows a single sample block by block.
 """
-import codecs
 import itertools
 import os
 import re
@@ -29,7 +28,7 @@ from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
 from nanodrift.tokenizer import tokenizer_from_meta
-from sample import encode_prompt, read_prompt
+from sample import encode_prompt, read_prompt, stream
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
 LONGEST = 16384  # tokens, where the model's block_size does not say it
@@ -158,20 +157,15 @@ def all_ended(ids, c, given, eot):
     return eot is not None and bool(c.diffusion_block and (ids[:, given:settled(ids, c)] == eot).any(1).all())
 
 
-class Writer:
-    """Prints one sample while its blocks are finished, until it ends."""
-
-    def __init__(self, tokenizer, model_config, config, start):
-        self.tokenizer, self.config, self.ignore_eot, self.written = tokenizer, model_config, config.ignore_eot, start
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a token may end inside a character
-
-    def watch(self, step):
-        end = settled(step.ids, self.config)
-        new = step.ids[0, self.written:end].tolist()
-        if self.tokenizer.eot in new and not self.ignore_eot:
-            new = new[:new.index(self.tokenizer.eot)]
-        print(self.decoder.decode(self.tokenizer.decode_bytes(new)), end='', flush=True)
-        self.written = max(self.written, end)
+def finished_tokens(steps, c, start, given, eot):
+    """Yields, for each Step of a single canvas of a model with diffusion_block, the tokens (a list) from `start` on that are
+    finished since the one before, up to an `eot` behind the given tokens."""
+    for step in steps:
+        end, row = settled(step.ids, c), step.ids[0].tolist()
+        if eot in row[given:end]:
+            end = given + row[given:end].index(eot)
+        yield row[start:end]
+        start = max(start, end)
 
 
 class Tally:
@@ -180,23 +174,21 @@ class Tally:
     def __init__(self):
         self.tokens, self.passes, self.seconds = 0, [], 0.0
 
-    def refine(self, model, canvas, count, refine_config, seed, last=True, watch=None, ended=lambda ids: False):
-        """-> the last Step of `refine_batch`, and how many tokens each committed. `watch` is called with every Step, the
-        first of them before anything is done; where the samples have `ended`, by their ids, the rest stays open."""
-        started, mask, open_before, committed = time.perf_counter(), model.config.vocab_size, None, []
+    def refine(self, model, canvas, count, refine_config, seed, last=True, ended=lambda ids: False):
+        """Yields the Steps of `refine_batch`. Where the samples have `ended`, by their ids, the rest stays open. `committed`
+        then has how many tokens each Step but the first has committed, over all samples."""
+        started, mask, open_before, self.committed = time.perf_counter(), model.config.vocab_size, None, []
         for step in refine_batch(model, canvas, count, refine_config, seed, last):
             open_now = int((step.ids == mask).sum())
             if open_before is not None:
-                committed.append(open_before - open_now)
+                self.committed.append(open_before - open_now)
             open_before = open_now
-            if watch is not None:
-                watch(step)
+            yield step
             if ended(step.ids):
                 break
         self.seconds += time.perf_counter() - started
-        self.tokens += sum(committed)
+        self.tokens += sum(self.committed)
         self.passes += step.passes.tolist()
-        return step, committed
 
 
 def generate(model, tokenizer, canvas, config, refine_config, console):
@@ -210,28 +202,28 @@ def generate(model, tokenizer, canvas, config, refine_config, console):
     grows = c.diffusion_block and config.num_samples == 1 and not plays and not REMASKS[refine_config.remask].compensated
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count, recorded = min(SAMPLES_AT_ONCE, config.num_samples - first), []
+        steps = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first),
+                             ended=partial(all_ended, c=c, given=given, eot=eot))
         if grows:
-            watch = Writer(tokenizer, c, config, lead).watch
-        else:
-            watch = partial(record, recorded) if plays and first == 0 else None
-        last, committed = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first), watch=watch,
-                                       ended=partial(all_ended, c=c, given=given, eot=eot))
-        totals = [sum(pair) for pair in itertools.zip_longest(totals, committed, fillvalue=0)]
+            stream('', tokenizer, ([ids] for ids in finished_tokens(steps, c, lead, given, eot)))
+            continue
+        for last in steps:
+            if plays and first == 0:
+                recorded.append(first_row(last))
+        totals = [sum(pair) for pair in itertools.zip_longest(totals, tally.committed, fillvalue=0)]
         if recorded:
             show(player.Recording.of(recorded, tokenizer, c.vocab_size), config, console)
-        for row in [] if grows else last.ids.tolist():
+        for row in last.ids.tolist():
             if eot in row[given:]:
                 row = row[:given + row[given:].index(eot)]
             print(tokenizer.decode(row[lead:]), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
-        print(end='\n' * grows, flush=True)
     if refine_config.strategy == 'naive':
         print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
     return tally
 
 
-def record(steps, step):
-    """Adds the first row of a Step to a list."""
-    steps.append(Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes))))
+def first_row(step):
+    return Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes)))
 
 
 def show(recording, config, console):
@@ -264,7 +256,7 @@ def repair(model, tokenizer, config, refine_config, console):
     flagged = flagged_tokens(model, ids, refine_config.flag_threshold)
     tally.seconds += time.perf_counter() - started
     for number, block in enumerate(ids.masked_fill(flagged, mask).split(model.config.block_size)):
-        last, _ = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
+        *_, last = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
         repaired += last.ids[0].tolist()
     tally.passes = [1 + passes for passes in tally.passes]  # the one that flagged
     if config.to:

@@ -30,7 +30,7 @@ from nanodrift import checkpoint, huggingface, sharding
 from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
-from nanodrift.options import UserError, build, check_options, from_stored, option, read_values, run
+from nanodrift.options import UserError, build, check_options, from_stored, mistake, option, read_values, run
 from nanodrift.runlog import RunLog, tell
 
 DIVERGED = 3  # the exit code of a run that diverged
@@ -437,9 +437,9 @@ class Trainer:
         """`_restore_state`, and a UserError where the checkpoint is not what a run saves."""
         try:
             self._restore_state(state)
-        except UserError:
-            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            if mistake(e) is not None:  # said already, or too little memory
+                raise
             raise UserError(f'cannot resume: {self.config.out_dir} lacks something that a run saves ({e!r:.100}); start a '
                             f'new run from its weights: --init_from={self.config.out_dir} --out_dir=NEW') from None
 

@@ -18,9 +18,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from model import load_model
-from nanodrift import checkpoint, drafting, huggingface, ngrams
-from nanodrift.data import Windows, load_meta
+import evaluate
+from nanodrift import checkpoint, drafting, ngrams
+from nanodrift.data import Windows
 from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.sampling import distribution
@@ -31,6 +31,7 @@ class DraftsConfig:
     """Which checkpoint goes on with which prompts, and how."""
     out_dir: str = option('out', "folder of the run, or 'hf:NAME_OR_FOLDER'")
     ckpt: str = option('best', 'which checkpoint of it', tuple(checkpoint.FILES))
+    data: str = option('', "folder of a prepared data set whose validation text is used; empty is the run's own")
     prompts: int = option(64, 'prompts, from windows spread evenly over the validation text', at_least=1)
     prompt_tokens: int = option(16, 'tokens of a prompt', at_least=1)
     new_tokens: int = option(40, 'tokens that each is continued by', at_least=1)
@@ -73,14 +74,15 @@ def continued(model, prompts, c, way, seed):
 def main(argv):
     c, _ = configure(argv, DraftsConfig, description=__doc__)
     device = pick_device(c.device)
-    state = huggingface.open_run(c.out_dir, c.ckpt)
-    model = load_model(state, device)
+    entry = evaluate.load(c, c.out_dir, device)
+    model = entry.model
     if not model.config.causal:
         raise UserError(f'{c.out_dir} is a {model.config.model_type} model: only causal ones check drafts')
     if c.prompt_tokens + c.new_tokens > model.config.block_size:
         raise UserError(f'prompt_tokens + new_tokens must be at most block_size={model.config.block_size} of the model')
-    folder = os.path.join(state['config']['data_dir'], state['config']['dataset'])
-    windows = Windows(os.path.join(folder, 'val.bin'), load_meta(folder)['dtype'], c.prompt_tokens, model.config.block_size)
+    folder, meta = evaluate.data_of(c, entry)
+    windows = Windows(os.path.join(folder, 'val.bin'), meta['dtype'], c.prompt_tokens, model.config.block_size,
+                      vocab_size=meta['vocab_size'])
     prompts = windows.read(windows.spread(c.prompts)).to(device)
     ways = ['plain', 'ngram'] + ['own'] * model.config.has_drafts
     seconds, found = {way: [] for way in ways}, {way: [[], 0] for way in ways}

@@ -22,15 +22,11 @@ from nanodrift.refinement import Canvas, Step, refine_canvas
 from nanodrift.streams import Streams
 
 
-def slots_of(model, ids, before):
-    """Slots (B, S) of a block whose tokens are ids (B, N), and which of them (B, S) no position sees; before (B, 1): the
-    token before the block."""
-    if not model.config.diffusion_shift:
-        return ids, torch.zeros_like(ids, dtype=torch.bool)
-    slots = torch.cat((before, ids), dim=1)
-    hidden = slots == model.config.vocab_size
-    hidden[:, :-1] = False
-    return slots, hidden
+def hidden_slots(slots, c):
+    """Which slots (..., S) of a block no position sees: with diffusion_shift the last one, while it is [MASK]."""
+    hidden = slots == c.vocab_size
+    hidden[..., :c.diffusion_block] = False
+    return hidden
 
 
 def noisy_states(model, trunk, idx):
@@ -39,11 +35,8 @@ def noisy_states(model, trunk, idx):
     c = model.config
     N, shift = c.diffusion_block, c.diffusion_shift
     first, S = torch.arange(0, c.block_size, N, device=idx.device), N + shift
-    clean, hidden = idx.size(1) - len(first) * S, None
-    if shift:
-        hidden = (idx[:, clean:] == c.vocab_size).unflatten(1, (-1, S))
-        hidden[..., :-1] = False
-        hidden = hidden.flatten(1)
+    clean = idx.size(1) - len(first) * S
+    hidden = hidden_slots(idx[:, clean:].unflatten(1, (-1, S)), c).flatten(1) if shift else None
     streams = Streams(clean, first, S, N, 1 if shift else N, hidden)
     return trunk(idx, streams)[:, clean:].unflatten(1, (-1, S))[:, :, :N].flatten(1, 2)
 
@@ -79,9 +72,11 @@ class BlockTrunk:
             ids, new, before = ids[rows], new[rows], self.before[rows, -1:]
         else:
             before = self.before[:, -1:]
-        slots, hidden = slots_of(self.model, F.pad(ids, (0, c.diffusion_block - n), value=c.vocab_size), before)
+        slots = F.pad(ids, (0, c.diffusion_block - n), value=c.vocab_size)
+        if c.diffusion_shift:
+            slots = torch.cat((before, slots), dim=1)
         tokens = torch.cat((new, slots), dim=1)
-        visible = self._visible(new.size(1), hidden)
+        visible = self._visible(new.size(1), hidden_slots(slots, c))
         cache = self.cache.begin(tokens.size(1), None if len(ids) == len(rows) else rows.nonzero()[:, 0].cpu(), visible)
         with kernels.packed_weights(self.packed):
             x = self.model.trunk(tokens, cache)[:, new.size(1):][:, :n]

@@ -253,8 +253,10 @@ def start_from(model, weights, rows=None):
         raise UserError(f'the weights hold learned positions ({POSITIONS}), which --positions=rotary has no use for: '
                         'add --positions=both, or learned')
     if POSITIONS in weights:
-        rows, need = weights[POSITIONS], model.config.n_positions
-        weights[POSITIONS] = torch.cat((rows[:need], rows[-1:].expand(max(0, need - len(rows)), -1)))
+        rows = weights[POSITIONS]
+        if model.config.diffusion_shift:  # which has one position more: it starts as the last one of the weights
+            rows = torch.cat((rows, rows[-1:]))
+        weights[POSITIONS] = rows[:model.config.n_positions]
     for name, tensor in weights.items():
         if name not in own:
             raise UserError(f'the weights hold {name}, which this model does not have')

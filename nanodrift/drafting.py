@@ -122,7 +122,7 @@ def generate(model, idx, max_new_tokens, draft_tokens, temperature=1.0, top_k=No
     texts, left = idx[:, -block_size:].tolist(), [max_new_tokens] * len(idx)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     drafter = OwnDrafter(model, texts, draft_tokens, rng, how) if own else NgramDrafter(texts, draft_tokens)
-    positions = (1 + draft_tokens) ** 2 if own else 1 + draft_tokens
+    positions = (1 + drafter.count) ** (2 if own else 1)  # of a pass, at most
     cache = KVCache(model, len(texts), min(block_size, len(texts[0]) + max_new_tokens) + positions)
     packed = kernels.pack_weights(model, rows=len(texts) * positions)
     fresh = len(texts[0])  # tokens of each row that are not in the cache yet: first the prompt, then one

@@ -11,7 +11,7 @@ import evaluate
 import generate_diffusion
 import train
 from model import GPT, GPTConfig, load_model
-from nanodrift import streams
+from nanodrift import refinement, streams
 from nanodrift.blocks import BlockTrunk
 from nanodrift.objectives import block_batch, count_batch
 from nanodrift.options import UserError
@@ -199,9 +199,9 @@ def test_every_count_is_met_equally_often_over_the_micro_batches(shift):
     assert (torch.stack(places).mean(0) - 2.5).abs().max() < 0.35  # no place has its own noise
 
 
-def test_the_tokens_of_a_batch(shift=True):
+def test_the_tokens_of_a_shifted_batch():
     tokens = torch.arange(13)[None]
-    X, Y, W = block_batch(tokens, torch.Generator().manual_seed(0), mask=99, block=4, shift=shift)
+    X, Y, W = block_batch(tokens, torch.Generator().manual_seed(0), mask=99, block=4, shift=True)
     assert X[0, :8].tolist() == list(range(8)) and Y[0].tolist() == list(range(1, 13))
     slots = X[0, 8:].view(3, 5)
     assert slots[:, 0].tolist() == [0, 4, 8]
@@ -358,6 +358,20 @@ def test_text_longer_than_the_context(run, capsys):
     generate_diffusion.main([f'--out_dir={run}', '--start=The ', '--max_new_tokens=50', '--ignore_eot=True', '--device=cpu'])
     said = capsys.readouterr()
     assert said.out.startswith('The ') and 'forward passes' in said.err and '50 tokens' in said.err
+
+
+def test_end_of_text_ends_the_sample_and_not_the_prompt(run, monkeypatch, capsys):
+    """What the user gives is printed whole, end-of-text in it or not; a sample ends at the first that it writes."""
+    eot = load(run)['model_args']['vocab_size'] - 1
+    real = refinement.gumbel_draw
+    monkeypatch.setattr(refinement, 'gumbel_draw', lambda logits, *rest: torch.full_like(real(logits, *rest), ord('x')))
+    words = [f'--out_dir={run}', '--device=cpu']
+    generate_diffusion.main([*words, '--start=The <|endoftext|>heat', '--max_new_tokens=7'])
+    assert capsys.readouterr().out.replace('<|endoftext|>', '') == 'The heatxxxxxxx\n'
+    monkeypatch.setattr(refinement, 'gumbel_draw', lambda logits, *rest: torch.full_like(real(logits, *rest), eot))
+    generate_diffusion.main([*words, '--start=The ', '--max_new_tokens=40'])
+    said = capsys.readouterr()
+    assert said.out == 'The \n' and ' 40 tokens' not in said.err  # the rest is not computed
 
 
 def test_a_template_says_what_is_not_seen(run, capsys):

@@ -225,7 +225,7 @@ def test_texts_with_own_drafts_are_as_frequent_as_plain_ones():
     assert (counts[0] - counts[1]).abs().sum() / 2 < 0.06
 
 
-def test_a_text_it_has_learned_by_heart_takes_few_passes(settings):
+def test_a_text_it_has_learned_by_heart_takes_few_passes():
     """A draft is worth something: on a text that repeats itself most drafts are accepted."""
     model = make(draft_block=3, vocab_size=50, n_layer=2)
     text = (torch.arange(33) * 7 % 50)[None].repeat(4, 1)
