@@ -13,7 +13,7 @@ from conftest import FORKS, resume
 from test_train import assert_same_run
 
 import train
-from model import load_model
+from model import GPT, GPTConfig, load_model
 from nanodrift import checkpoint
 from nanodrift.options import UserError
 
@@ -339,3 +339,24 @@ def test_the_commit_is_the_code_that_runs(trained, tiny, monkeypatch):
     monkeypatch.setattr(checkpoint, 'commit', lambda: 'later')
     trainer.train()
     assert torch.load(f'{config.out_dir}/ckpt.pt', weights_only=True)['commit'] == 'at start'
+
+
+def test_positions_are_cut_and_never_made_up():
+    """Only a shifted model has one more than it can be given, which starts as the last one."""
+    sizes = dict(vocab_size=11, n_layer=1, n_head=1, n_embd=8)
+    weights = GPT(GPTConfig(block_size=8, **sizes)).state_dict()
+    with pytest.raises(UserError, match='wpe'):
+        checkpoint.start_from(GPT(GPTConfig(block_size=12, **sizes)), weights)
+    shifted = GPT(GPTConfig(block_size=8, model_type='diffusion', diffusion_objective='nelbo', diffusion_block=4,
+                            diffusion_shift=True, positions='learned', **sizes))
+    checkpoint.start_from(shifted, weights, rows=11)
+    known = weights['transformer.wpe.weight']
+    assert torch.equal(shifted.transformer.wpe.weight, torch.cat((known, known[-1:])))
+
+
+def test_too_little_memory_on_resume_is_not_taken_for_damage(tiny, monkeypatch):
+    config, *rest = tiny(max_iters=1)
+    assert train.train(config, *rest) == 0
+    monkeypatch.setattr(checkpoint, 'load_weights', lambda *_: (_ for _ in ()).throw(RuntimeError('CUDA out of memory')))
+    with pytest.raises(RuntimeError, match='out of memory'):
+        train.main([f'--out_dir={config.out_dir}', '--init_from=resume', '--max_iters=2'])
