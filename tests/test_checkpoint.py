@@ -346,7 +346,7 @@ def test_positions_are_cut_and_never_made_up():
     sizes = dict(vocab_size=11, n_layer=1, n_head=1, n_embd=8)
     weights = GPT(GPTConfig(block_size=8, **sizes)).state_dict()
     with pytest.raises(UserError, match='wpe'):
-        checkpoint.start_from(GPT(GPTConfig(block_size=12, **sizes)), weights)
+        checkpoint.start_from(GPT(GPTConfig(block_size=9, **sizes)), weights)
     shifted = GPT(GPTConfig(block_size=8, model_type='diffusion', diffusion_objective='nelbo', diffusion_block=4,
                             diffusion_shift=True, positions='learned', **sizes))
     checkpoint.start_from(shifted, weights, rows=11)
