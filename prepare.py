@@ -4,6 +4,7 @@ Any text -> data/<name>/{train.bin,val.bin,meta.json}. Run once, before training
     python prepare.py python                                     # the standard library's own source; no download
     python prepare.py tinystories|wikitext-2|wikitext-103|shakespeare [--tokenizer=gpt2|byte|char|bpe:4096]
     python prepare.py --input=PATH --name=NAME [--val_input=PATH]
+    python prepare.py --packages=config/packages.txt --name=NAME                the source of Python packages, 31 MB of code
 
 A `.bin` file is a flat row of token ids (little-endian uint16, or uint32 where the vocabulary needs it), the
 end-of-text id after every document; meta.json says what they are. The name gets `_<tokenizer>` where that is not gpt2.
@@ -47,7 +48,8 @@ BPE_SAMPLE = 20_000_000     # the characters, from the start of the training tex
 class PrepareConfig:
     tokenizer: str = option('gpt2', 'gpt2, byte, char, or bpe:N, which learns N ids from the training text')
     input: str = option('', 'text of your own: a text file, a folder, a .jsonl or a .parquet')
-    name: str = option('', 'what to call the data set made from --input')
+    packages: str = option('', "a list of Python packages in pip's format, pinned by version and hash, whose source is taken")
+    name: str = option('', 'what to call the data set made from --input or --packages')
     val_input: str = option('', 'validation text for --input; without it, --val_fraction is held out')
     val_fraction: float = option(0.1, 'the part held out where there is no official validation split: documents chosen by '
                                       'a hash of how they begin, or the end of the text where documents are few')
@@ -220,15 +222,18 @@ def check_arguments(cfg, datasets):
     if 'RANK' in os.environ or 'LOCAL_RANK' in os.environ:
         raise UserError('prepare.py does not run inside torchrun: run `python prepare.py ...` once beforehand')
     check_spec(cfg.tokenizer)
-    if bool(cfg.input) == bool(datasets) or len(datasets) > 1:
-        raise UserError(f"give either one data set ({', '.join(DATASETS)}) or --input=PATH --name=NAME")
+    if bool(cfg.input) + bool(cfg.packages) + len(datasets) != 1:
+        raise UserError(f"give either one data set ({', '.join(DATASETS)}), --input=PATH --name=NAME or --packages=FILE "
+                        '--name=NAME')
+    if cfg.packages and (cfg.val_input or cfg.text_key):
+        raise UserError('--val_input and --text_key go with --input, not with --packages')
     for dataset in datasets:
         one_of('dataset', dataset, DATASETS)
         if cfg.name or cfg.val_input or cfg.text_key:
             raise UserError(f'--name, --val_input and --text_key go with --input, not with {dataset}')
-    if cfg.input and not re.fullmatch(r'[^./\\:\s][^/\\:\s]*', cfg.name):
-        raise UserError(f'--input needs --name=NAME without separators or spaces, and not starting in a dot; got '
-                        f'{cfg.name!r}')
+    if not datasets and not re.fullmatch(r'[^./\\:\s][^/\\:\s]*', cfg.name):
+        raise UserError(f'--{"packages" if cfg.packages else "input"} needs --name=NAME without separators or spaces, and not '
+                        f'starting in a dot; got {cfg.name!r}')
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f'val_fraction={cfg.val_fraction} is not between 0 and 1')
     if cfg.num_proc < 0:

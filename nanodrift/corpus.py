@@ -1,5 +1,5 @@
 """
-Where text comes from: files, folders, data sets of the hub, the standard library -> a stream of pieces.
+Where text comes from: files, folders, packages, data sets of the hub, the standard library -> a stream of pieces.
 
 Text streams through in pieces, so that memory stays bounded whatever the size of the corpus or of one document. A piece
 is a pair (text, ends): the next part of the current document, and whether the document ends with it.
@@ -18,10 +18,12 @@ import os
 import platform
 import re
 import ssl
+import subprocess
 import sys
 import sysconfig
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from functools import partial
@@ -313,6 +315,41 @@ def python_source():
     return folder_source(about, sysconfig.get_path('stdlib'), skip_folders=skip, ending='.py')
 
 
+def download_packages(path, folder):
+    """Lets pip put the wheels of a list, pinned by version and SHA-256, into a folder; it refuses what differs."""
+    pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
+           '--only-binary=:all:', '--require-hashes', f'--requirement={path}', f'--dest={folder}']
+    for where in (['--no-index', f'--find-links={folder}'], []):    # what is there already needs no network
+        done = subprocess.run(pip + where, capture_output=True, encoding='utf-8', check=False)
+        if not done.returncode:
+            return
+    raise UserError(f"packages={path}: pip says {' '.join(done.stderr.split())}")
+
+
+def packages_source(path, data_dir):
+    """The Python files, except tests, of the wheels in a list of pip's format, downloaded once to data/raw/packages."""
+    if not os.path.isfile(path):
+        raise UserError(f'packages={path}: no such file; its lines are NAME==VERSION --hash=sha256:HASH')
+    folder = os.path.join(data_dir, 'raw', 'packages')
+    download_packages(path, folder)
+    with open(path, encoding='utf-8') as f:
+        pinned = set(re.findall('sha256:([0-9a-f]{64})', f.read()))
+    wheels = []
+    for wheel in sorted(glob.glob(os.path.join(glob.escape(folder), '*.whl'))):
+        with open(wheel, 'rb') as f:
+            if hashlib.sha256(f.read()).hexdigest() in pinned:
+                wheels.append(wheel)
+
+    def read():
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                for name in sorted(archive.namelist()):
+                    if name.endswith('.py') and not {'test', 'tests'} & set(name.split('/')):
+                        with contextlib.suppress(UnicodeDecodeError):
+                            yield archive.read(name).decode('utf-8-sig'), True
+    return Source({'packages': [os.path.basename(wheel) for wheel in wheels]}, read)
+
+
 def shakespeare_source(data_dir):
     """Tiny Shakespeare, downloaded once. One document, so that --val_fraction=0.1 gives nanoGPT's split."""
     path = os.path.join(data_dir, 'raw', 'shakespeare', 'input.txt')
@@ -400,6 +437,8 @@ def make_source(cfg, dataset):
         return python_source()
     if dataset == 'shakespeare':
         return shakespeare_source(cfg.data_dir)
+    if cfg.packages:
+        return packages_source(cfg.packages, cfg.data_dir)
     return hub_source(dataset, cfg.data_dir) if dataset in HUB else input_source(cfg)
 
 

@@ -248,7 +248,8 @@ MISTAKES = {
         ('--input=text.txt --name=x --val_input=no', 'no'),
         ('--input=text.txt --name=x --val_input=empty.txt', 'val split is empty'),
         ('--input=text.txt --name=x --data_dir=text.txt', 'text.txt'),
-        ('shakespeare', 'work offline')],
+        ('--packages=text.txt', '--packages needs --name=NAME'), ('--packages=no --name=x', 'no such file'),
+        ('--packages=text.txt --name=x', 'pip says'), ('shakespeare', 'work offline')],
     'compare.py': [
         ('--variants=gpt3', 'gpt2'), ('--variants=gpt2,gpt2', 'twice'), ('--variants=,', 'variants'),
         ('--seeds=1,1', 'twice'),

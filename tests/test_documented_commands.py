@@ -171,7 +171,7 @@ def test_the_others(place, data_dir, command):
         args = [word for word in args if not word.startswith('--against')]
         configure(args, *(getattr(module, name) for name in LONG[script]))
     elif script == 'prepare.py':
-        if args[0] in DOWNLOADS:
+        if args[0] in DOWNLOADS or args[0].startswith('--packages'):
             configure(args, prepare.PrepareConfig, positional=('dataset', ''))
         else:
             run_small(script, args, data_dir='prepared', num_proc=1)

@@ -1,6 +1,7 @@
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -103,6 +105,19 @@ def inside(tmp_path, monkeypatch):
         prepare.prepare(cfg, '', name)
         return tmp_path / 'data' / name
     return run
+
+
+def make_wheel(folder, name, files):
+    """A wheel that pip accepts; -> its line in a list of packages."""
+    about = f'{name}-1.0.dist-info'
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, 'w') as archive:
+        for path, text in files.items() | {(f'{about}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n'),
+                                           (f'{about}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n'),
+                                           (f'{about}/RECORD', '')}:
+            archive.writestr(path, text)
+    write(folder / f'{name}-1.0-py3-none-any.whl', data.getvalue())
+    return f'{name}==1.0 --hash=sha256:{hashlib.sha256(data.getvalue()).hexdigest()}\n'
 
 
 # -----------------------------------------------------------------------------
@@ -389,6 +404,31 @@ def test_python_needs_no_network(cli):
         assert f.read() in texts['train'] + texts['val']
 
 
+def test_packages_are_those_of_the_list(cli, tmp_path):
+    """The Python files of the wheels that are listed, without tests; what lies there already is not downloaded."""
+    raw = cli.work / 'data' / 'raw' / 'packages'
+    lines = [make_wheel(raw, name, {f'{name}/code.py': f'{name} = 1\n' * 200, f'{name}/data.txt': 'no code',
+                                    f'{name}/latin.py': b'\xe9', f'{name}/tests/x.py': 'test = 1\n'})
+             for name in ('one', 'two', 'other')]
+    listed = write(tmp_path / 'list.txt', '# a comment\n' + ''.join(lines[:2]))
+    result = cli.run(f'--packages={listed}', '--name=p', '--tokenizer=byte', '--val_fraction=0.5')
+    assert result.code == 0 and not result.network and result.err == '', result.err
+    texts = read_back(cli.work / 'data' / 'p_byte')
+    assert sorted(documents(texts['train']) + documents(texts['val'])) == ['one = 1\n' * 200, 'two = 1\n' * 200]
+    with open(cli.work / 'data' / 'p_byte' / 'meta.json', encoding='utf-8') as f:
+        assert json.load(f)['source'] == {'packages': ['one-1.0-py3-none-any.whl', 'two-1.0-py3-none-any.whl']}
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda line: line[:-2] + ('0' if line[-2] != '0' else '1') + '\n', 'HASHES'), (lambda line: 'one==1.0\n', 'hash'),
+    (lambda line: line.replace('1.0', '2.0', 1), '2.0'), (lambda line: '???', 'Invalid')])
+def test_a_package_that_differs_from_the_list_is_refused(cli, tmp_path, change, message):
+    raw = tmp_path / 'raw'      # what pip downloads from, here
+    listed = write(tmp_path / 'list.txt', change(make_wheel(raw, 'one', {'one/code.py': 'one = 1\n' * 200})))
+    result = cli.run(f'--packages={listed}', '--name=p', '--tokenizer=byte', PIP_NO_INDEX='1', PIP_FIND_LINKS=str(raw))
+    check_refused(result, cli.work, message)
+
+
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'byte', 'char', 'bpe:260'])
 def test_input_needs_no_network(cli, tmp_path, tokenizer):
     try:
@@ -487,6 +527,10 @@ def test_bad_validation_input(cli, tmp_path):
     (['python', '--num_proc=-1'], 'negative'),
     (['python', '--tokeniser=byte'], "'tokenizer'"),
     (['--input=GOOD'], 'needs --name'),
+    (['--packages=GOOD'], '--packages needs --name'),
+    (['--packages=missing', '--name=x'], 'no such file'),
+    (['--packages=GOOD', '--name=x', '--text_key=text'], 'not with --packages'),
+    (['--packages=GOOD', '--name=x', '--input=GOOD'], 'give either one data set'),
     (['--input=GOOD', '--name=a/b'], 'needs --name'),
     (['--input=GOOD', '--name=..'], 'needs --name'),
     (['--input=GOOD', '--name=x', '--tokenizer=byte', '--data_dir=GOOD'], 'good.txt: '),
