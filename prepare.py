@@ -48,7 +48,7 @@ BPE_SAMPLE = 20_000_000     # the characters, from the start of the training tex
 class PrepareConfig:
     tokenizer: str = option('gpt2', 'gpt2, byte, char, or bpe:N, which learns N ids from the training text')
     input: str = option('', 'text of your own: a text file, a folder, a .jsonl or a .parquet')
-    packages: str = option('', "a list of Python packages in pip's format, pinned by version and hash, whose source is taken")
+    packages: str = option('', "a list of Python packages in pip's format, pinned by version and hash: their source")
     name: str = option('', 'what to call the data set made from --input or --packages')
     val_input: str = option('', 'validation text for --input; without it, --val_fraction is held out')
     val_fraction: float = option(0.1, 'the part held out where there is no official validation split: documents chosen by '
@@ -232,8 +232,8 @@ def check_arguments(cfg, datasets):
         if cfg.name or cfg.val_input or cfg.text_key:
             raise UserError(f'--name, --val_input and --text_key go with --input, not with {dataset}')
     if not datasets and not re.fullmatch(r'[^./\\:\s][^/\\:\s]*', cfg.name):
-        raise UserError(f'--{"packages" if cfg.packages else "input"} needs --name=NAME without separators or spaces, and not '
-                        f'starting in a dot; got {cfg.name!r}')
+        raise UserError(f'--{"packages" if cfg.packages else "input"} needs --name=NAME without separators or spaces, and '
+                        f'not starting in a dot; got {cfg.name!r}')
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f'val_fraction={cfg.val_fraction} is not between 0 and 1')
     if cfg.num_proc < 0:
