@@ -44,6 +44,8 @@ class BenchConfig:
                        ('speed', 'train', 'generate', 'loss', 'types', 'refine', 'plan'))
     max_steps: str = option('8,16,32,64', '--part=refine: steps of refinement, one measurement for each', items=int,
                            at_least=1)
+    blocks: int = option(4, '--part=refine: tokens in a block of block diffusion, which takes 1, 2, 4, ... steps for each',
+                         at_least=1)
     batch_size: int = option(16, 'examples per training step', at_least=1)
     streams: str = option('1,8', 'how many samples are generated together, one measurement for each', items=int, at_least=1)
     new_tokens: int = option(256, 'tokens generated per stream', at_least=1)
@@ -220,12 +222,14 @@ def bench_generate(config, sides, device, streams):
 
 
 def bench_refine(config, model_config, device, dtype, streams):
-    """{name: seconds of each round} to fill block_size tokens of so many streams: gpt2 from left to right, and diffusion of
-    the same size in so many steps."""
+    """{name: seconds of each round} to fill block_size tokens of so many streams: gpt2 from left to right, and of the same
+    size diffusion in so many steps, and block diffusion in so many for each block."""
     torch.manual_seed(config.seed)
+    T, N = model_config.block_size, config.blocks
     plain = GPT(model_config).to(device).eval()
     diffusion = GPT(replace(model_config, model_type='diffusion')).to(device).eval()
-    T = model_config.block_size
+    in_blocks = GPT(replace(model_config, model_type='diffusion', diffusion_objective='nelbo', diffusion_block=N))
+    in_blocks.to(device).eval()
     prompt = torch.zeros(streams, 1, dtype=torch.long, device=device)
     canvas = torch.full((streams, T), model_config.vocab_size, device=device)
 
@@ -234,11 +238,14 @@ def bench_refine(config, model_config, device, dtype, streams):
             for column in plain.generate(prompt, T - 1, temperature=0.8, top_k=200):
                 column.tolist()
 
-    def refined(steps):
+    def refined(model, steps, **options):
         with autocast(device, dtype):
-            diffusion.generate_diffusion(canvas, max_steps=steps).tolist()
+            model.generate_diffusion(canvas, max_steps=steps, **options).tolist()
 
-    ways = {'gpt2': left_to_right} | {f'{n} steps': partial(refined, n) for n in split_numbers(config.max_steps)}
+    ways = {'gpt2': left_to_right}
+    ways |= {f'{n} steps': partial(refined, diffusion, n) for n in split_numbers(config.max_steps)}
+    ways |= {f'blocks of {N}, {n} steps': partial(refined, in_blocks, n, strategy='random')
+             for n in (2 ** i for i in range(N.bit_length()))}
     times = {name: [] for name in ways}
     for number in range(config.rounds + 1):
         for name, way in ways.items():
@@ -303,7 +310,7 @@ def report(title, times, tokens, unit_flops=None, peak=None):
         median = statistics.median(seconds)
         row = {'ms': round(median * 1e3, 2), 'ms_min': round(min(seconds) * 1e3, 2), 'ms_max': round(max(seconds) * 1e3, 2),
                'tokens_per_s': round(tokens / median, 1)}
-        line = f'  {name:<14} {row["ms"]:>10,.1f} ms [{row["ms_min"]:,.1f} to {row["ms_max"]:,.1f}] ' \
+        line = f'  {name:<20} {row["ms"]:>10,.1f} ms [{row["ms_min"]:,.1f} to {row["ms_max"]:,.1f}] ' \
                f'{row["tokens_per_s"]:>11,.1f} tokens/s'
         if peak:
             row['of_peak'] = round(unit_flops * tokens / median / peak, 3)
@@ -314,7 +321,7 @@ def report(title, times, tokens, unit_flops=None, peak=None):
         for name, seconds in times.items():
             ratios = [mine / base for mine, base in zip(seconds, times['gpt2'])]
             rows[name]['ratio'] = round(statistics.median(ratios), 3)
-            print(f'  {name:<14} takes {rows[name]["ratio"]:.3f} times the time of gpt2 '
+            print(f'  {name:<20} takes {rows[name]["ratio"]:.3f} times the time of gpt2 '
                   f'[{min(ratios):.3f} to {max(ratios):.3f}, round by round]', flush=True)
     elif len(times) == 2:
         ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanoGPT'])]

@@ -115,4 +115,5 @@ def test_refinement_beside_left_to_right():
     found = json.loads(run_script('bench.py', *TINY, '--part=refine', '--max_steps=2,16').stdout.splitlines()[-1])
     for streams in (1, 2):
         rows = found[f'refine_{streams}']
-        assert list(rows) == ['gpt2', '2 steps', '16 steps'] and rows['2 steps']['ratio'] < rows['16 steps']['ratio']
+        assert list(rows) == ['gpt2', '2 steps', '16 steps', *(f'blocks of 4, {n} steps' for n in (1, 2, 4))]
+        assert rows['2 steps']['ratio'] < rows['16 steps']['ratio']
