@@ -10,6 +10,7 @@ A run writes to out_dir: config.json, metrics.jsonl, ckpt.pt (the last state) an
 
 Below: the options, the loop, then what the loop needs.
 """
+import itertools
 import math
 import os
 import signal
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, load_encoder
 from nanodrift import checkpoint, huggingface, sharding
-from nanodrift.data import ORDERS, Stream, Windows, derive_seed, load_meta
+from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, mistake, option, read_values, run
@@ -156,6 +157,7 @@ class Trainer:
         if resumed is not None:
             self._tell_what_changes(resumed)
         self.network = self._wrap(self.model)
+        self._begin(late=ranks.device.type == 'cuda')
         self.log = RunLog(self, self.log_bytes) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
@@ -188,13 +190,14 @@ class Trainer:
     def _step(self):
         """One iteration: forward and backward over its micro-batches, clip, update."""
         c, ranks = self.config, self.ranks
-        started = time.perf_counter()
+        if self.since is None:
+            self.since = time.perf_counter()
         lr = self.schedule.lr(self.iter_num)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         here = c.gradient_accumulation_steps // ranks.world_size
         total = torch.zeros((), device=ranks.device)
-        batches = (self._batch(ranks.rank * here + i) for i in range(here))
+        batches = itertools.islice(self.batches, here)
         if self.objective.compute_targets:
             rng = torch.Generator().manual_seed(derive_seed(c.seed, Stream.DRIFT_TARGETS, self.iter_num))
             with autocast(ranks.device, self.dtype):
@@ -208,17 +211,41 @@ class Trainer:
             total += loss.detach() / here
         self.scaler.unscale_(self.optimizer)
         norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf))
-        total = float(ranks.sum(total)) / ranks.world_size
-        self._check_finite(total, float(norm))
+        self._settle()
+        votes = total.new_zeros(len(STOPPING))
+        if self.stop_signal:
+            votes[STOPPING.index(self.stop_signal)] = 1
+        self.outcome = lr, norm, ranks.sum(torch.cat((total[None] / ranks.world_size, votes)))
+        self.iter_num += 1
+        self.examples_seen += self.examples_per_iter
+        if not self.late:
+            self._settle()
+        elif not self.scaler.is_enabled():  # which does the same: the fused optimizer skips this update
+            self.optimizer.found_inf = (~torch.isfinite(norm + self.outcome[2][0])).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.iter_num += 1
-        self.examples_seen += self.examples_per_iter
         if self.ema:
             self.ema.update(self.iter_num)
+
+    def _settle(self):
+        """Reads what came of the last iteration, checks and logs it."""
+        if self.outcome is None:
+            return
+        lr, norm, reduced = self.outcome
+        loss, *votes = reduced.tolist()
+        norm, self.outcome = float(norm), None
+        self.voted = max((number for number, vote in zip(STOPPING, votes) if vote), default=0)
+        self._check_finite(loss, norm)
         if self.log:
-            self.log.step(total, lr, float(norm), time.perf_counter() - started)
+            now = time.perf_counter()
+            self.log.step(loss, lr, norm, now - self.since)
+            self.since = now
+
+    def _pause(self):
+        """To be called before anything else than the next iteration."""
+        self._settle()
+        self.voted = self.since = None
 
     def _exchange(self, last):
         """The context of a micro-batch: the ranks exchange gradients after the last one alone."""
@@ -226,16 +253,33 @@ class Trainer:
             self.network.set_requires_gradient_sync(last)
         return nullcontext() if last or self.sharded or self.ranks.world_size == 1 else self.network.no_sync()
 
-    def _batch(self, micro):
-        """The micro-batch with this number among those of the iteration, of all ranks."""
+    def _begin(self, late):
+        """late: a GPU computes while the CPU prepares. What came of an iteration is read when the next one has been queued,
+        and batches are made on a thread."""
+        self.late, self.outcome, self.since, self.voted = late, None, None, None
+        self.batches = self._batches()
+        if late:
+            self.batches = ahead(self.batches, partial(torch.cuda.set_device, self.ranks.device))
+
+    def _batches(self):
+        """The micro-batches of this rank, without end, from the current iteration on."""
+        here = self.config.gradient_accumulation_steps // self.ranks.world_size
+        iter_num, seen = self.iter_num, self.examples_seen
+        while True:
+            for i in range(here):
+                yield self._batch(iter_num, seen, self.ranks.rank * here + i)
+            iter_num, seen = iter_num + 1, seen + self.examples_per_iter
+
+    def _batch(self, iter_num, examples_seen, micro):
+        """The micro-batch with this number among those of an iteration, of all ranks."""
         B, steps = self.config.batch_size, self.config.gradient_accumulation_steps
-        windows, start = self.windows['train'], self.examples_seen + micro * self.config.batch_size
-        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, self.iter_num * steps + micro))
+        windows, start = self.windows['train'], examples_seen + micro * self.config.batch_size
+        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.TRAIN_BATCH, iter_num * steps + micro))
         numbers = range(start, start + B)
         if self.objective.examples:
-            numbers = self.objective.examples(numbers, self.examples_seen, rng)
+            numbers = self.objective.examples(numbers, examples_seen, rng)
         tokens = windows.read(windows.offsets(numbers))
-        part = (micro, steps, derive_seed(self.config.seed, Stream.ITERATION, self.iter_num))
+        part = (micro, steps, derive_seed(self.config.seed, Stream.ITERATION, iter_num))
         return self._to_device(self.objective.make_batch(tokens, rng, part))
 
     def _to_device(self, tensors):
@@ -247,10 +291,9 @@ class Trainer:
     def _check_finite(self, loss, norm):
         """Ends the run before the update that would break the weights. With float16 an occasional infinite gradient is
         normal: the scaler skips the update and halves its scale. At a scale below 1e-3 it ends the run."""
-        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3
-        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled() and self.scaler.get_scale() > 1e-3):
             return
-        self._diverge(f'loss {loss}, gradient norm {norm} at iteration {self.iter_num}: stopped before the update, '
+        self._diverge(f'loss {loss}, gradient norm {norm} at iteration {self.iter_num - 1}: stopped before the update, '
                       'checkpoints untouched; try a lower --learning_rate or --dtype=float32')
 
     def _diverge(self, what):
@@ -263,6 +306,7 @@ class Trainer:
     def _checkpoint_and_evaluate(self):
         """Saves before evaluating, so that a failing evaluation loses nothing; saves again when the loss is the best so
         far."""
+        self._pause()
         keep = self.iter_num > 0 and not self.config.eval_only
         if keep:
             self.save('last')
@@ -313,6 +357,8 @@ class Trainer:
 
     def _agree_to_stop(self):
         """The number of a signal that a rank has, or 0; ranks agree, since it reaches them at different moments."""
+        if self.late and self.voted is not None:
+            return self.voted
         agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
             flag = torch.tensor(agreed, device=self.ranks.device)
@@ -482,6 +528,7 @@ class Trainer:
 
     def save(self, *names):
         """Writes one state under each of the names 'last' and 'best'."""
+        self._pause()
         mine = {'cpu': torch.get_rng_state()}
         if self.ranks.device.type == 'cuda':
             mine['cuda'] = torch.cuda.get_rng_state(self.ranks.device)

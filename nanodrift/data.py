@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 
 import numpy as np
@@ -164,6 +165,16 @@ def is_complete(meta, folder):
     return meta['dtype'] in ('uint16', 'uint32') and isinstance(meta['tokenizer'], dict) and \
         all(type(number) is int and number > 0 for number in numbers) and \
         sizes == [split['tokens'] * np.dtype(meta['dtype']).itemsize for split in splits]
+
+
+def ahead(items, begin):
+    """The items of an endless iterator, each made on a thread while the one before it is in use; `begin` runs there
+    first."""
+    thread = ThreadPoolExecutor(1, initializer=begin)
+    waiting = thread.submit(next, items)
+    while True:
+        item, waiting = waiting.result(), thread.submit(next, items)
+        yield item
 
 
 def load_meta(folder):

@@ -67,11 +67,11 @@ def at_iteration(monkeypatch):
     def install(k, act):
         real = Trainer._batch
 
-        def batch(self, micro):
-            if self.iter_num == k - 1:
+        def batch(self, iter_num, *numbers):
+            if iter_num == k - 1:
                 monkeypatch.setattr(Trainer, '_batch', real)
                 act()
-            return real(self, micro)
+            return real(self, iter_num, *numbers)
         monkeypatch.setattr(Trainer, '_batch', batch)
     return install
 
@@ -262,9 +262,9 @@ def test_a_second_signal_ends_it_at_once(fork, command_line, tmp_path):
 def train_slowly(argv):
     real = Trainer._batch
 
-    def batch(self, micro):
+    def batch(self, *numbers):
         time.sleep(30)
-        return real(self, micro)
+        return real(self, *numbers)
     Trainer._batch = batch
     return train.main(argv)
 
@@ -355,6 +355,63 @@ def test_a_gradient_that_is_not_finite(tiny, monkeypatch):
         trainer.train()
     state = load(config.out_dir)
     assert state['iter_num'] == 2 and all(v.isfinite().all() for v in state['model'].values())
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Training as on a GPU: what came of an iteration is read during the next one, batches are made on a thread."""
+    begin = Trainer._begin
+    monkeypatch.setattr(Trainer, '_begin', lambda self, late: begin(self, True))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+
+
+@every_type
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_what_is_read_late_gives_the_same_run(tiny, request, model_type, dtype):
+    overrides = HARD | dict(model_type=model_type, dtype=dtype, log_interval=1, keep_every=3)
+    straight, *rest = tiny(out_dir='straight', **overrides)
+    assert train.train(straight, *rest) == 0
+    request.getfixturevalue('late')
+    config, *rest = tiny(out_dir='late', **overrides)
+    assert train.train(config, *rest) == 0
+    assert_same_run(straight.out_dir, config.out_dir)
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_an_update_that_would_break_the_weights_is_skipped_even_where_that_is_read_late(tiny, late, monkeypatch, what):
+    config, model_config = tiny(max_iters=9, eval_interval=2, weight_decay=0.5)
+    trainer = Trainer(config, model_config, Ranks())
+    if what == 'loss':
+        forward = trainer.network.forward
+
+        def poisoned(*args, **options):
+            logits, loss = forward(*args, **options)
+            return logits, loss * (math.nan if trainer.iter_num == 2 else 1)
+        monkeypatch.setattr(trainer.network, 'forward', poisoned)
+    else:
+        next(trainer.model.parameters()).register_hook(lambda g: g * (math.inf if trainer.iter_num == 2 else 1))
+    with pytest.raises(SystemExit, match='iteration 2: stopped before the update') as e:
+        trainer.train()
+    assert e.value.code == 3 and trainer.iter_num == 3, 'found while the next iteration is computed'
+    state = load(config.out_dir)
+    assert state['iter_num'] == 2
+    assert_same(state['model'], trainer.model.state_dict(), 'nothing has changed since')
+
+
+def test_a_signal_where_it_is_read_late(tiny, late, at_iteration):
+    config, *rest = tiny(max_iters=20, eval_interval=20)
+    at_iteration(4, interrupt)
+    assert train.train(config, *rest) == 130
+    assert 4 <= load(config.out_dir)['iter_num'] <= 6
+
+
+def test_an_error_while_a_batch_is_made_ahead_reaches_the_user(tiny, late, at_iteration):
+    def fail():
+        raise UserError('the data are gone')
+    config, *rest = tiny(max_iters=20, eval_interval=20)
+    at_iteration(4, fail)
+    with pytest.raises(UserError, match='the data are gone'):
+        train.train(config, *rest)
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_best(tiny):
