@@ -29,7 +29,7 @@ endef
 define DEMO_diffusion
 $(PY) train.py config/train_diffusion_python.py --init_from=auto --data_dir=$(DATA) --out_dir=$(OUT) $(ARGS)
 $(PY) evaluate.py --out_dir=$(OUT)
-$(PY) generate_diffusion.py --out_dir=$(OUT) --start='def ' --max_new_tokens=56 --animate=True
+$(PY) generate_diffusion.py --out_dir=$(OUT) --start='def ' --max_new_tokens=120 --strategy=random --max_steps=4 --animate=True
 endef
 
 define DEMO_drifting
