@@ -118,6 +118,9 @@ class Tasks(TaskManager):
     """Tasks by the harness's names, or the paths of YAML files. Raises UserError where one cannot be had."""
 
     def __init__(self, names):
+        missing = [name for name in names if name.endswith('.yaml') and not os.path.isfile(name)]
+        if missing:
+            raise UserError(f'tasks={missing[0]}: there is no such file')
         super().__init__(include_defaults=not all(map(os.path.isfile, names)))  # to list those takes a while
         self.names = names
 
@@ -125,7 +128,8 @@ class Tasks(TaskManager):
         try:
             return super().load(names)
         except Exception as e:  # of any kind: no such task, a YAML file that is none, data that cannot be downloaded
-            raise UserError(f'tasks={",".join(names)} cannot be loaded: {type(e).__name__}: {e}') from None
+            reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+            raise UserError(f'tasks={",".join(names)} cannot be loaded: {reason}') from None
 
 
 def run_tasks(model, tasks, num_fewshot=None, limit=None):
