@@ -2,10 +2,11 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
-from conftest import BLOCKS, TINY, pseudo_text
+from conftest import BLOCKS, ROOT, TASKS, TINY, local_task, pseudo_text
 
 import evaluate
 import export
@@ -29,7 +30,7 @@ LONG = 'The drift cools the token. ' * 4
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with runs called gpt2, nelbo and drifting, and two tasks that need no network."""
+    """A folder with runs called gpt2, nelbo and drifting, and tasks that need no network."""
     folder = tmp_path_factory.mktemp('harness')
     (folder / 'text.txt').write_text(pseudo_text(60), encoding='utf-8')
     prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
@@ -38,17 +39,8 @@ def place(tmp_path_factory):
                           'drifting': {'model_type': 'drifting', 'encoder': folder / 'gpt2'}}.items():
         values = TINY | {'dataset': 'text_bpe280', 'data_dir': folder, 'out_dir': folder / name, 'max_iters': 12} | options
         assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
-    docs = [{'q': 'The token', 'choices': ['drifts', 'cools'], 'a': 0}, {'q': 'Heat ', 'choices': ['flows', 'a'], 'a': 1}]
-    (folder / 'docs.jsonl').write_text('\n'.join(map(json.dumps, docs)))
-    for name, more in {'choice': 'output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\n'
-                                 'metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]',
-                       'rolling': 'output_type: loglikelihood_rolling\ndoc_to_target: "{{q}}"\n'
-                                  'metric_list: [{metric: word_perplexity}]',
-                       'written': 'output_type: generate_until\ndoc_to_target: "{{q}}"\n'
-                                  'metric_list: [{metric: exact_match}]'}.items():
-        (folder / f'{name}.yaml').write_text(
-            f'task: {name}\ndataset_path: json\ntest_split: test\ndoc_to_text: "{{{{q}}}}"\n'
-            f'dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}, cache_dir: {folder}/cache}}\n{more}\n')
+    for kind in TASKS:
+        local_task(folder, kind)
     return folder
 
 
@@ -154,44 +146,78 @@ def test_a_bound_is_that_of_all_masks_given_the_context(options):
         assert float(nats.mean()) == pytest.approx(enumerated_bound(model, text[:P], text[P:]), abs=error), (P, n)
 
 
-def test_what_diffusion_would_write_is_greedy_and_the_seed_decides(place):
-    loaded = evaluate.load(evaluate.EvalConfig(), str(place / 'nelbo'), 'cpu')
-    model, tokenizer = loaded.model, loaded.tokenizer
-    context = tokenizer.encode('The drift')
-    canvas = torch.tensor([[*context, *[tokenizer.vocab_size] * 4]])
-    own = model.generate_diffusion(canvas, max_steps=4, temperature=0, top_k=0, strategy='confidence')[0, -4:].tolist()
-    asked = [(None, context, own), (None, context, [*own[:3], (own[3] + 1) % 280])]
-    first, again, other = (HarnessModel(model, tokenizer, draws=4, seed=s) for s in (1, 1, 2))
+@torch.no_grad()
+def written_by_hand(model, context, n):
+    """The argmax of the most confident position, one after the other."""
+    mask = model.config.vocab_size
+    ids = torch.tensor([[*context, *[mask] * n]])
+    while (ids == mask).any():
+        confidence, guess = model.head(model.trunk(ids))[..., :mask].softmax(-1).max(-1)
+        i = int(confidence[0].masked_fill(ids[0] != mask, -1).argmax())
+        ids[0, i] = guess[0, i]
+    return ids[0, -n:].tolist()
+
+
+def test_what_diffusion_would_write_is_greedy(monkeypatch):
+    model = small(**NELBO)
+    own = written_by_hand(model, b'ab', 5)
+    asked = [(None, [97, 98], own)] + [(None, [97, 98], [*own[:i], (own[i] + 1) % 257, *own[i + 1:]]) for i in range(5)]
+    answers = HarnessModel(model, ByteTokenizer(), draws=2)._loglikelihood_tokens(asked)
+    assert [greedy for _, greedy in answers] == [True] + [False] * 5
+
+
+def test_masks_depend_on_the_seed_and_the_request_alone(monkeypatch):
+    asked = [(None, [97], [98, 99]), (None, [96], [98, 99]), (None, [97], [98, 100])]
+    seeds, model = [], small(**NELBO)
+    monkeypatch.setattr('nanodrift.harness.conditional_bound', lambda *args: seeds.append(
+        args[-1].initial_seed()) or conditional_bound(*args))
+    first, again, other = (HarnessModel(model, ByteTokenizer(), draws=4, seed=seed) for seed in (1, 1, 2))
     answers = first._loglikelihood_tokens(asked)
-    assert [greedy for _, greedy in answers] == [True, False]
-    assert again._loglikelihood_tokens(asked[::-1]) == answers[::-1]  # no matter what was asked before
+    assert len(set(seeds)) == 3
+    assert again._loglikelihood_tokens(asked[::-1]) == answers[::-1]
     assert other._loglikelihood_tokens(asked) != answers
+
+
+@pytest.mark.parametrize('settings', [{'max_gen_toks': 3}, {'max_gen_toks': 20}, {'max_gen_toks': 5, 'until': 'xyz'},
+                                      {'max_gen_toks': 3, 'do_sample': True, 'temperature': 5.0, 'top_k': 9}], ids=str)
+def test_generated_text_follows_as_much_context_as_leaves_it_room(settings):
+    """In a context of 8 positions; where there is no room, the window slides. A stop string is left out."""
+    model, count = small(), settings['max_gen_toks']
+    found, = HarnessModel(model, ByteTokenizer()).generate_until(requests('generate_until', ('0123456789', settings)))
+    given = torch.tensor([list(b'0123456789')[-(8 - count if count < 8 else 8):]])
+    greedy = [int(column) for column in model.generate(given, count, temperature=0)]
+    text = ByteTokenizer().decode(greedy)
+    assert (found == text) == ('do_sample' not in settings)
+    stop = text[1:3]
+    again, = HarnessModel(model, ByteTokenizer()).generate_until(requests('generate_until', (
+        '0123456789', {'max_gen_toks': count, 'until': ['\0none', stop]})))
+    assert again == text[:text.find(stop)]
 
 
 def test_tasks_of_all_kinds(place, capsys):
     def go(*args):
-        evaluate.main([f'--tasks={place}/choice.yaml,{place}/rolling.yaml', '--device=cpu', '--dtype=float32', *args])
+        evaluate.main([f'--tasks={place}/multiple_choice.yaml,{place}/loglikelihood_rolling.yaml', '--device=cpu', '--dtype=float32', *args])
         out = capsys.readouterr().out
         return out, json.loads(out.splitlines()[-1])['tasks']
     names = [f'{place}/{name}' for name in ('gpt2', 'nelbo', 'drifting')]
     out, found = go(f'--out_dir={",".join(names)}')
     assert list(found) == names[:2] and f'{names[2]} (drifting) has no likelihood' in out
-    assert out.count('upper bound') == 1 and '32 draws' in out and '|choice' in out
+    assert out.count('upper bound') == 1 and '32 draws' in out and '|multiple_choice' in out
     assert not found[names[0]]['bound'] and found[names[1]]['bound'] and found[names[1]]['draws'] == 32
     loaded = evaluate.load(evaluate.EvalConfig(), names[0], 'cpu')
     model = HarnessModel(loaded.model, loaded.tokenizer)
     scores = [[v for v, _ in model.loglikelihood(requests('loglikelihood', *((q, f' {c}') for c in choices)))]
               for q, choices in (('The token', ('drifts', 'cools')), ('Heat', ('flows', 'a')))]
     right = [row[0] > row[1] for row in scores]
-    assert found[names[0]]['results']['choice']['acc,none'] == (right[0] + (not right[1])) / 2
+    assert found[names[0]]['results']['multiple_choice']['acc,none'] == (right[0] + (not right[1])) / 2
     total = sum(model.loglikelihood_rolling(requests('loglikelihood_rolling', ('The token',), ('Heat ',))))
-    assert found[names[0]]['results']['rolling']['word_perplexity,none'] == pytest.approx(math.exp(-total / 4), rel=1e-4)
+    assert found[names[0]]['results']['loglikelihood_rolling']['word_perplexity,none'] == pytest.approx(math.exp(-total / 4), rel=1e-4)
     few = go(f'--out_dir={names[1]}', '--draws=3', '--seed=5', '--limit=1', '--num_fewshot=0')[1][names[1]]
-    assert (few['draws'], few['seed'], few['results']['choice']['sample_len']) == (3, 5, 1)
+    assert (few['draws'], few['seed'], few['results']['multiple_choice']['sample_len']) == (3, 5, 1)
 
 
 @pytest.mark.parametrize('run, task, message', [
-    ('nelbo', 'written.yaml', 'for causal types'), ('gpt2', 'no.yaml', 'no such file'),
+    ('nelbo', 'generate_until.yaml', 'for causal types'), ('gpt2', 'no.yaml', 'no such file'),
     ('gpt2', 'docs.jsonl', 'cannot be loaded')])
 def test_mistakes_are_one_line(place, run, task, message):
     with pytest.raises(UserError, match=message) as found:
@@ -202,3 +228,10 @@ def test_mistakes_are_one_line(place, run, task, message):
 def test_several_ranks_are_one_line(place):
     with pytest.raises(UserError, match='one process'):
         evaluate.evaluate_tasks(evaluate.EvalConfig(out_dir=f'{place}/gpt2', tasks='x'), Ranks(world_size=2))
+
+
+def test_the_documented_lines_of_python_run(place, monkeypatch):
+    with open(f'{ROOT}/docs/ecosystem.md', encoding='utf-8') as f:
+        code, = re.findall(r'^```python\n(.*?)^```', f.read(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(place)
+    exec(compile(code.replace("'out'", "'gpt2'").replace("'arc_easy'", "'multiple_choice.yaml'"), 'ecosystem.md', 'exec'), {})
