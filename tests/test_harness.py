@@ -158,7 +158,7 @@ def written_by_hand(model, context, n):
     return ids[0, -n:].tolist()
 
 
-def test_what_diffusion_would_write_is_greedy(monkeypatch):
+def test_what_diffusion_would_write_is_greedy():
     model = small(**NELBO)
     own = written_by_hand(model, b'ab', 5)
     asked = [(None, [97, 98], own)] + [(None, [97, 98], [*own[:i], (own[i] + 1) % 257, *own[i + 1:]]) for i in range(5)]
@@ -196,7 +196,8 @@ def test_generated_text_follows_as_much_context_as_leaves_it_room(settings):
 
 def test_tasks_of_all_kinds(place, capsys):
     def go(*args):
-        evaluate.main([f'--tasks={place}/multiple_choice.yaml,{place}/loglikelihood_rolling.yaml', '--device=cpu', '--dtype=float32', *args])
+        tasks = ','.join(f'{place}/{kind}.yaml' for kind in ('multiple_choice', 'loglikelihood_rolling'))
+        evaluate.main([f'--tasks={tasks}', '--device=cpu', '--dtype=float32', *args])
         out = capsys.readouterr().out
         return out, json.loads(out.splitlines()[-1])['tasks']
     names = [f'{place}/{name}' for name in ('gpt2', 'nelbo', 'drifting')]
@@ -209,9 +210,10 @@ def test_tasks_of_all_kinds(place, capsys):
     scores = [[v for v, _ in model.loglikelihood(requests('loglikelihood', *((q, f' {c}') for c in choices)))]
               for q, choices in (('The token', ('drifts', 'cools')), ('Heat', ('flows', 'a')))]
     right = [row[0] > row[1] for row in scores]
-    assert found[names[0]]['results']['multiple_choice']['acc,none'] == (right[0] + (not right[1])) / 2
+    results = found[names[0]]['results']
+    assert results['multiple_choice']['acc,none'] == (right[0] + (not right[1])) / 2
     total = sum(model.loglikelihood_rolling(requests('loglikelihood_rolling', ('The token',), ('Heat ',))))
-    assert found[names[0]]['results']['loglikelihood_rolling']['word_perplexity,none'] == pytest.approx(math.exp(-total / 4), rel=1e-4)
+    assert results['loglikelihood_rolling']['word_perplexity,none'] == pytest.approx(math.exp(-total / 4), rel=1e-4)
     few = go(f'--out_dir={names[1]}', '--draws=3', '--seed=5', '--limit=1', '--num_fewshot=0')[1][names[1]]
     assert (few['draws'], few['seed'], few['results']['multiple_choice']['sample_len']) == (3, 5, 1)
 
@@ -234,4 +236,5 @@ def test_the_documented_lines_of_python_run(place, monkeypatch):
     with open(f'{ROOT}/docs/ecosystem.md', encoding='utf-8') as f:
         code, = re.findall(r'^```python\n(.*?)^```', f.read(), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(place)
-    exec(compile(code.replace("'out'", "'gpt2'").replace("'arc_easy'", "'multiple_choice.yaml'"), 'ecosystem.md', 'exec'), {})
+    code = code.replace("'out'", "'gpt2'").replace("'arc_easy'", "'multiple_choice.yaml'")
+    exec(compile(code, 'ecosystem.md', 'exec'), {})
