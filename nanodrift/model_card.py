@@ -71,19 +71,20 @@ def code(value):
 
 def model_card(state, c, model, folder):
     """The text of the card: of a checkpoint, its GPTConfig, the model in it and the folder that it goes to."""
-    name = os.path.basename(os.path.abspath(folder)).encode('utf-8', errors='replace').decode('utf-8')
+    name = os.path.basename(os.path.abspath(folder))
     gpt2, run = c.model_type == 'gpt2', state.get('config') or {}
     parameters = count_parameters(model, c)
     facts = {'type': code(c.model_type), 'parameters': f'{parameters:,}', **model_facts(c), **data_facts(state, run),
              **training_facts(state, c, run, model.objective.val_metric), **origin(state)}
     data = os.path.join('data', os.path.basename(os.path.normpath(run.get('dataset') or 'NAME')))
     commands = [writing_command(c.model_type, name), ['python', 'evaluate.py', f'--out_dir=hf:{name}', f'--data={data}']]
-    return CARD.format(
+    text = CARD.format(
         library='transformers' if gpt2 else 'nanodrift', kind=c.model_type, tags=json.dumps(['nanodrift', c.model_type]),
         title=code(name)[1:-1], facts='\n'.join(f'| {fact} | {value} |' for fact, value in facts.items()),
         transformers=TRANSFORMERS.format(name=name, count=min(50, c.block_size)) if gpt2 else ', where nanoDrift is:',
         commands='\n'.join(map(shlex.join, commands)),
         limits='\n'.join(f'- {limit}' for limit in limits(state, c, parameters)))
+    return text.encode('utf-8', errors='replace').decode('utf-8')  # names of folders may be no Unicode
 
 
 def count_parameters(model, c):

@@ -221,6 +221,12 @@ def test_a_model_card_leaves_out_what_is_not_known(trained, tmp_path, data):
         assert (facts['data set'] == '`text_byte`') == ('validation loss' in facts) == (name != 'first')
 
 
+def test_a_model_card_of_names_that_are_no_unicode(trained, tmp_path):
+    state = checkpoint.load(checkpoint.find(trained()))
+    export.export(state | {'config': state['config'] | {'dataset': 'a|`b\n\udcff'}}, str(tmp_path / 'hf'))
+    assert card_of(tmp_path / 'hf')[1]['data set'] == "`a/'b ?`"
+
+
 def test_a_readme_that_is_there_stays(trained, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'README.md').write_text('my own words')
