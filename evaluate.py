@@ -5,6 +5,7 @@ One table over any checkpoints: what may be compared, and what may not.
     python evaluate.py --out_dir=out-gpt2,out-diffusion --judge=out-judge --num_samples=1000 --length=64
     python evaluate.py --out_dir=out-diffusion --judge=out-judge --ways='max_steps=8;max_steps=8,remask=flag'
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=...      the same numbers, sooner
+    python evaluate.py --out_dir=out-gpt2,out-diffusion --tasks=lambada_openai,arc_easy      tasks of lm-evaluation-harness
 
 Causal types: loss, perplexity, bits per byte, accuracy, calibration. Diffusion: an upper bound of the loss, with its
 standard error. With a judge, a causal checkpoint that none of the others is or comes from: how far samples are from held-out
@@ -34,7 +35,7 @@ from nanodrift.data import Stream, Windows, derive_seed, load_meta, read_tokens
 from nanodrift.machine import DTYPES, Ranks, pick_dtype, setup_ranks
 from nanodrift.metrics import over_windows, perplexity
 from nanodrift.objectives import NEXT_TOKEN
-from nanodrift.options import UserError, check_options, configure, option, read_values, run
+from nanodrift.options import UserError, build, check_options, option, read_values, run
 from nanodrift.refinement import RefineConfig, check_defined
 from nanodrift.runlog import finite
 from nanodrift.tokenizer import tokenizer_from_meta
@@ -45,6 +46,8 @@ FEW_SAMPLES = 200  # with fewer, classifier and MAUVE say little
 WIDTH = 150  # of the tables, at least: narrower ones cannot be read
 XZ_AT_MOST = 2 ** 24  # bytes of text that xz is asked about: a language model is a compressor, and this one everybody has
 NGRAM_TOKENS = 10_000_000  # of the training text, for the n-gram models
+OF_TASKS = {'draws': 32}  # default for tasks, whose continuations are short, and are compared by their bounds
+TEXT_ONLY = ('data', 'windows', 'stride', 'figure', 'judge', 'ways')  # options that tasks have no use for
 
 
 @dataclass
@@ -56,13 +59,18 @@ class EvalConfig:
     windows: int = option(0, 'windows of validation text, spread evenly; 0 takes all', at_least=0)
     stride: int = option(0, 'causal types: predictions per window, with more context before each; 0 counts all', at_least=0)
     figure: str = option('', 'PNG file for a reliability diagram: accuracy against confidence')
-    draws: int = option(1, 'diffusion: how often each window is masked anew', at_least=1)
+    draws: int = option(1, 'diffusion: how often each window is masked anew; each continuation of tasks: 32, unless given',
+                        at_least=1)
     batch_size: int = option(0, "windows at once, on which the masks of diffusion depend; 0 takes the run's own", at_least=0)
     judge: str = option('', 'folder of a causal run that judges samples; empty draws none')
     num_samples: int = option(1000, 'samples of each model', at_least=2 * quality.FOLDS)
     length: int = option(64, 'tokens of each sample', at_least=4)
     ways: str = option('', "diffusion: several ways to draw samples, a row each: 'max_steps=8;max_steps=8,remask=flag'")
-    seed: int = option(1337, 'of samples and of what they are compared with', at_least=0, below=2 ** 63)
+    tasks: str = option('', 'in place of validation text, tasks of lm-evaluation-harness: names or YAML files, separated by '
+                        'commas')
+    num_fewshot: int = option(-1, "solved examples in front of each of a task; -1 takes the task's own", at_least=-1)
+    limit: int = option(0, 'examples of each task; 0 takes all', at_least=0)
+    seed: int = option(1337, "of samples, what they are compared with, and tasks' masks", at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'of likelihoods: auto takes the fastest safe one; samples are drawn in float32',
                         ('auto', *DTYPES))
@@ -72,6 +80,11 @@ class EvalConfig:
         check_options(self)
         if self.ways and not self.judge:
             raise UserError('ways are ways to draw samples, which need a --judge')
+        if not self.tasks and (self.limit or self.num_fewshot != EvalConfig.num_fewshot):
+            raise UserError('limit and num_fewshot are those of --tasks')
+        idle = [name for name in TEXT_ONLY if self.tasks and getattr(self, name) != getattr(EvalConfig, name)]
+        if idle:
+            raise UserError(f'{idle[0]} has no meaning for tasks: leave it or --tasks out')
         if self.figure and not self.figure.endswith('.png'):
             raise UserError(f'figure={self.figure} must end in .png')
         if self.figure and not os.path.isdir(os.path.dirname(self.figure) or '.'):
@@ -375,6 +388,42 @@ def tell(config, entries, likelihoods, samples):
                 console.print(f'{name} has collapsed: fewer than half of the distinct 2-grams of real text')
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks
+
+def evaluate_tasks(config, ranks):
+    """{checkpoint: what lm-evaluation-harness finds, and whether by a bound}, printed as the harness prints it."""
+    try:
+        from lm_eval.utils import make_table
+
+        from nanodrift.harness import HarnessModel, Tasks, run_tasks
+    except ImportError as e:
+        raise UserError(f'tasks are those of lm-evaluation-harness: pip install lm_eval==0.4.13 ({e})') from None
+    if ranks.world_size > 1:
+        raise UserError('tasks are evaluated by one process: start evaluate.py without torchrun')
+    entries = [load(config, out_dir, ranks.device) for out_dir in map(str.strip, config.out_dir.split(','))]
+    tasks, found = Tasks([name.strip() for name in config.tasks.split(',')]), {}
+    dtype, shots = pick_dtype(config.dtype, ranks.device), None if config.num_fewshot < 0 else config.num_fewshot
+    for entry in entries:
+        c, rows = entry.model.config, config.batch_size or entry.state['config'].get('batch_size', 8)
+        how = {'bound': c.model_type == 'diffusion'}
+        if not how['bound'] and not c.causal:
+            print(f'{entry.name} ({c.model_type}) has no likelihood: tasks cannot be evaluated')
+            continue
+        model = HarnessModel(entry.model, entry.tokenizer, dtype, rows, config.draws, config.seed)
+        results = run_tasks(model, tasks, shots, config.limit or None)
+        print(f'{entry.name} ({c.model_type}, context {c.block_size})')
+        if how['bound']:
+            how |= {'draws': config.draws, 'seed': config.seed}
+            print(f'  every loss is an upper bound, from {config.draws} draws of masks with seed {config.seed}; so is a '
+                  'perplexity, and a choice is the one of the lowest bound')
+        print(make_table(results) + (make_table(results, 'groups') if results.get('groups') else ''))
+        found[entry.name] = how | {'results': {
+            task: {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+            for task, numbers in results['results'].items()}}
+    return found
+
+
 def draw_reliability(config, likelihoods):
     bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in likelihoods.items() if 'bins' in numbers}
     if config.figure and not bins:
@@ -388,10 +437,14 @@ def draw_reliability(config, likelihoods):
 
 
 def main(argv):
-    config, draw_config, _ = configure(argv, EvalConfig, DrawConfig, description=__doc__)
+    values, _ = read_values(argv, EvalConfig, DrawConfig, description=__doc__)
+    config, draw_config = build((OF_TASKS if values.get('tasks') else {}) | values, EvalConfig, DrawConfig)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace')  # rather a ? than no table where the terminal knows no ±
     with setup_ranks(config.device, config.backend, timeout=1800) as ranks:
+        if config.tasks:
+            print(json.dumps(finite({'tasks': evaluate_tasks(config, ranks)})), flush=True)
+            return
         likelihoods, samples = evaluate(config, draw_config, ranks)
         if ranks.first:
             print(json.dumps(finite({'likelihood': likelihoods, 'samples': samples})), flush=True)

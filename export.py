@@ -7,7 +7,7 @@ A checkpoint for others: a folder in Hugging Face's format, weights as safetenso
 
 A gpt2 model becomes what transformers loads: GPT2LMHeadModel.from_pretrained('my-model'), AutoTokenizer likewise. Every
 other type becomes a config.json and a model.safetensors that this repository loads (`hf:FOLDER_OR_NAME`), drifting with its
-encoder in a folder inside.
+encoder in a folder inside. README.md is a model card, to be gone over before it is published.
 """
 import os
 import shutil
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from model import GPTConfig, load_model
 from nanodrift import huggingface
 from nanodrift.checkpoint import FILES
+from nanodrift.model_card import model_card, writing_command
 from nanodrift.options import UserError, configure, from_stored, option, run
 
 
@@ -33,7 +34,6 @@ class ExportConfig:
             raise UserError('--to=FOLDER is missing: where should the model go?')
 
 
-
 def export(state, folder):
     """Writes a checkpoint's model and tokenizer to a new folder, with the encoder of a drifting model inside. The folder is
     there when it is whole. Raises UserError if it is there already, or cannot be written."""
@@ -41,9 +41,11 @@ def export(state, folder):
     folder = os.path.normpath(folder)
     if os.path.exists(folder):
         raise UserError(f'{folder} exists: name a new folder with --to')
-    config, encoder = from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments'), None
-    if config.model_type == 'drifting':
-        encoder, config = load_model(state).encoder, replace(config, encoder=huggingface.INSIDE)
+    config = from_stored(GPTConfig, state['model_args'], 'the checkpoint has model arguments')
+    model = load_model(state)
+    encoder = model.encoder
+    if encoder is not None:
+        config = replace(config, encoder=huggingface.INSIDE)
     state = state | {'model_args': asdict(config)}
     temporary = folder + '.tmp'
     try:
@@ -59,6 +61,7 @@ def export(state, folder):
             inside = os.path.join(temporary, huggingface.ENCODER)
             os.mkdir(inside)
             huggingface.write_ours(encoder_state, inside)  # to the last bit: it is known by its fingerprint
+        huggingface.write_text(temporary, 'README.md', model_card(state, config, model, folder))
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,9 +72,7 @@ def main(argv):
     config, _ = configure(argv, ExportConfig, description=__doc__)
     state = huggingface.open_run(config.out_dir, config.ckpt)
     export(state, config.to)
-    diffusion = state['model_args'].get('model_type') == 'diffusion'
-    print(f'{config.to}: python ' + ('generate_diffusion.py --out_dir' if diffusion else 'sample.py --init_from')
-          + f'=hf:{config.to}')
+    print(f'{config.to}: ' + ' '.join(writing_command(state['model_args'].get('model_type', 'gpt2'), config.to)))
 
 
 if __name__ == '__main__':

@@ -27,8 +27,8 @@ from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
-from nanodrift.tokenizer import tokenizer_from_meta
-from sample import encode_prompt, read_prompt, stream
+from nanodrift.tokenizer import encode_prompt, tokenizer_from_meta
+from sample import read_prompt, stream
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
 LONGEST = 16384  # tokens, where the model's block_size does not say it

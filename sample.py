@@ -21,7 +21,7 @@ from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
-from nanodrift.tokenizer import EOT_TEXT, tokenizer_from_meta
+from nanodrift.tokenizer import encode_prompt, tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 64
 ONE_STEP = {'start': '', 'num_samples': 16, 'temperature': 1.0}  # defaults for drifting
@@ -85,12 +85,6 @@ def read_prompt(start):
         raise UserError(f'cannot read the prompt {path}: {e.strerror}') from None
     except UnicodeDecodeError as e:
         raise UserError(f'the prompt {path} is not UTF-8 (byte {e.start})') from None
-
-
-def encode_prompt(tokenizer, text):
-    """The ids of a prompt, in which the literal <|endoftext|> is the end-of-text id, as nanoGPT has it."""
-    first, *others = [tokenizer.encode(part) for part in text.split(EOT_TEXT)]
-    return first + [i for ids in others for i in (tokenizer.eot, *ids)]
 
 
 def generate(model, tokenizer, prompt, count, config, seed):

@@ -218,11 +218,17 @@ def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift):
     strata = permute(range(i * blocks, i * blocks + blocks), n * blocks, seed)
     count = 1 + (block * (start + torch.from_numpy(strata) / (n * blocks)).frac()).floor().view(*shape[:2], 1)
     masked = random_order(shape, rng) < count
-    slots = text.reshape(shape).masked_fill(masked, mask)
+    noisy = text.reshape(shape).masked_fill(masked, mask).flatten(1)
+    return clean_and_noisy(tokens, noisy, block, shift), text.contiguous(), (masked * block / count).float().flatten(1)
+
+
+def clean_and_noisy(tokens, noisy, block, shift):
+    """What a pass of block diffusion reads, (B, T - block + slots): of tokens (B, T), or (B, T+1) with `shift`, those that
+    are seen from later blocks, and the slots of the noisy text (B, T)."""
+    slots = noisy.unflatten(1, (-1, block))
     if shift:
         slots = torch.cat((tokens[:, :-1:block, None], slots), dim=2)  # the clean token before the block
-    X = torch.cat((tokens[:, :text.size(1) - block], slots.flatten(1)), dim=1)
-    return X, text.contiguous(), (masked * block / count).float().flatten(1)
+    return torch.cat((tokens[:, :noisy.size(1) - block], slots.flatten(1)), dim=1)
 
 
 def repair_and_count_batch(tokens, rng, part=(0, 1), *, repair, count):
@@ -283,6 +289,31 @@ def bound_metrics(model, x, X, Y, W, mask, calibrated=False):
             metrics |= over_chunks(model, x[where], Y[where], lambda logits, y, suffix=suffix: {
                 f'calibration{suffix}': Calibration.of(logits[:, :mask], y, suffix)})
     return metrics
+
+
+def conditional_bound(model, context, continuation, draws, rng):
+    """
+    The bound on -log p(continuation | context), ids (P,) and (n,), P at least 1, both together no longer than a window of
+    the objective: nats (draws,), one for each time that the continuation is masked anew.
+
+    The context is given, and the continuation alone is masked, as in `count_batch`. With diffusion_block it is masked block
+    by block, as in `block_batch`; context in its first block is given there too, and what would follow it in its last block
+    is [MASK], as in generation.
+    """
+    c, mask, P, n = model.config, model.config.vocab_size, len(context), len(continuation)
+    N, shift = c.diffusion_block or n, int(c.diffusion_shift)
+    first = N - (P - shift) % N if c.diffusion_block else n  # tokens that still fit into the block of the context
+    Y = continuation.expand(draws, -1)
+    X, _, W = (torch.cat(pieces, dim=1) for pieces in zip(*(
+        count_batch(piece, rng, mask=mask) for piece in (Y[:, :first], *Y[:, first:].split(N, dim=1)) if piece.size(1))))
+    noisy = torch.cat((context.expand(draws, -1), X), dim=1)
+    if c.diffusion_block:
+        missing = c.block_size + shift - P - n
+        tokens = F.pad(torch.cat((context.expand(draws, -1), Y), dim=1), (0, missing), value=mask)
+        noisy = clean_and_noisy(tokens, F.pad(noisy[:, shift:], (0, missing), value=mask), N, shift)
+    x = model.trunk(noisy.to(model.device))[:, P - shift:][:, :n]
+    X, Y, W = (t.to(model.device) for t in (X, Y, W))
+    return n * bound_metrics(model, x, X, Y, W, mask)['nelbo'].rows
 
 
 def repair_metrics(model, x, X, Y, W, mask):

@@ -95,6 +95,12 @@ class Tokenizer:
         return {'name': self.name, 'identity': self.identity, **self.content()}
 
 
+def encode_prompt(tokenizer, text):
+    """The ids of a prompt, in which the literal <|endoftext|> is the end-of-text id, as nanoGPT has it."""
+    first, *others = [tokenizer.encode(part) for part in text.split(EOT_TEXT)]
+    return first + [i for ids in others for i in (tokenizer.eot, *ids)]
+
+
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8."""
 

@@ -7,6 +7,7 @@ train.py (`fork`), for signals, kills and ranks; as a command (`run_script`), wh
 import importlib
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -58,6 +59,25 @@ def pseudo_text(documents=40, seed=0):
     words = ['drift', 'noise', 'heat', 'token', 'mask', 'the', 'a', 'of', 'and', 'flows', 'learns', 'cools', 'café']
     sentences = [' '.join(rng.choices(words, k=rng.randint(3, 7))).capitalize() + '.' for _ in range(documents * 4)]
     return '\n<|endoftext|>\n'.join(' '.join(sentences[i::documents]) for i in range(documents))
+
+
+# tasks of lm-evaluation-harness: what each asks of a model, and how it is scored
+TASKS = {'multiple_choice': 'doc_to_choice: choices\ndoc_to_target: answer\n'
+                            'metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]',
+         'loglikelihood_rolling': 'doc_to_target: "{{q}}"\nmetric_list: [{metric: word_perplexity}]',
+         'generate_until': 'doc_to_target: "{{q}}"\nmetric_list: [{metric: exact_match}]'}
+
+
+def local_task(folder, kind, name=None):
+    """Writes a task of two questions and their data into a folder: NAME.yaml, which needs no network."""
+    docs = [{'q': 'The token', 'choices': ['drifts', 'cools'], 'answer': 0}, {'q': 'Heat ', 'choices': ['flows', 'a'],
+                                                                             'answer': 1}]
+    for file, text in {'docs.jsonl': '\n'.join(map(json.dumps, docs)), f'{name or kind}.yaml': (
+            f'task: {name or kind}\noutput_type: {kind}\ndataset_path: json\ntest_split: test\ndoc_to_text: "{{{{q}}}}"\n'
+            f'dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}, cache_dir: {folder}/cache}}\n{TASKS[kind]}\n'
+            )}.items():
+        with open(os.path.join(folder, file), 'w', encoding='utf-8') as f:
+            f.write(text)
 
 
 @pytest.fixture(scope='session')

@@ -4,14 +4,14 @@ it is not of one type. A command that nothing here knows fails the test, so new 
 """
 import contextlib
 import glob
-import importlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 
 import pytest
-from conftest import BLOCKS, ROOT, TINY
+from conftest import BLOCKS, ROOT, TINY, local_task
 from test_train_diffusion_attention import SMALL as SMALL_EXPERIMENT
 
 import prepare
@@ -152,10 +152,14 @@ def test_reading_a_run(place, trained, command, model_type, capsys):
     args = [f'--out_dir={names["out_dir"].replace("...", "RUN")}' if word.startswith('--out_dir') else word for word in args]
     small = {'sample.py': {'num_samples': 2, 'max_new_tokens': 4}, 'generate_diffusion.py': {}, 'export.py': {},
              'evaluate.py': {'windows': 4, 'num_samples': 10, 'length': 8}}[script]
+    if 'tasks' in names:
+        local_task('.', 'multiple_choice', 'my_task')
+        args, small = [*args, '--tasks=my_task.yaml'], {'limit': 1}
     if script == 'generate_diffusion.py' and 'max_new_tokens' in names:
         small = {'max_new_tokens': 8}
     left_to_right = model_type != 'diffusion' and (model_type != 'drifting' or 'start' not in names)
     fits = model_type == own or script in READERS[2:] or script == 'sample.py' and left_to_right
+    fits = fits and ('tasks' not in names or importlib.util.find_spec('lm_eval'))
     with contextlib.nullcontext() if fits else contextlib.suppress(UserError):
         run_small(script, args, **small)
     assert 'Traceback' not in capsys.readouterr().err

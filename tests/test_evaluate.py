@@ -3,6 +3,7 @@ import json
 import lzma
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -280,3 +281,10 @@ MISTAKES = [(['--out_dir=nowhere'], 'nowhere'), (['--draws=0'], 'draws'), (['--l
 def test_mistakes_are_one_line(args, words):
     with pytest.raises(UserError, match=words):
         evaluate.main(args)
+
+
+def test_without_the_harness_tasks_name_the_package(runs, monkeypatch):
+    for name in ('lm_eval', 'lm_eval.utils'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match='pip install lm_eval=='):
+        evaluate.main([f"--out_dir={runs['gpt2']}", '--tasks=arc_easy', '--device=cpu'])

@@ -1,10 +1,14 @@
 """export.py: transformers computes and writes what this repository does; every type comes back as it was."""
+import importlib
 import json
 import os
+import re
+import shlex
 
 import pytest
 import torch
-from conftest import TINY, pseudo_text
+import yaml
+from conftest import BLOCKS, TINY, pseudo_text
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -142,6 +146,93 @@ def test_the_command_that_is_printed_writes_text(trained, tmp_path, capsys, mode
     capsys.readouterr()
     export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/hf'])
     assert capsys.readouterr().out == f'{tmp_path}/hf: python {command}{tmp_path}/hf\n'
+
+
+def card_of(folder):
+    """-> front matter, {fact: value} of the table, the fenced blocks of an exported model's README.md."""
+    text = (folder / 'README.md').read_text(encoding='utf-8')
+    _, front, body = text.split('---\n', 2)
+    facts = dict(re.findall(r'^\| (\w.*?) \| (.*) \|$', body, re.MULTILINE))
+    return yaml.safe_load(front), facts, re.findall(r'^```\w*\n(.*?)^```', body, re.DOTALL | re.MULTILINE), body
+
+
+def parameters_of(folder):
+    return sum(tensor.numel() for tensor in load_file(folder / 'model.safetensors').values())
+
+
+KINDS_OF_CARDS = {'gpt2': {}, 'heat': {'heat_t': 'adaptive'}, 'diffusion': {},
+                  'blocks': BLOCKS | {'diffusion_shift': True}, 'drifting': {'drift_prefix': 3}}
+
+
+@pytest.mark.parametrize('name', KINDS_OF_CARDS)
+def test_a_model_card_holds_the_numbers_of_the_checkpoint_and_its_commands_run(trained, data, tmp_path, monkeypatch, capsys,
+                                                                               name):
+    options = {'model_type': name} | KINDS_OF_CARDS[name]
+    if name == 'drifting':
+        options['encoder'] = trained('encoder')
+    out_dir, folder = trained(gradient_accumulation_steps=2, **options), tmp_path / "it's a model"
+    export.main([f'--out_dir={out_dir}', f'--to={folder}'])
+    state, kind = checkpoint.load(checkpoint.find(out_dir)), options['model_type']
+    front, facts, blocks, body = card_of(folder)
+    assert front == {'library_name': 'transformers' if kind == 'gpt2' else 'nanodrift', 'pipeline_tag': 'text-generation',
+                     'tags': ['nanodrift', kind]}
+    meta = json.loads((data / 'text_bpe300' / 'meta.json').read_text())
+    train_tokens, val_tokens = (f'{meta["splits"][split]["tokens"]:,}' for split in ('train', 'val'))
+    assert facts['data set'] == f'`text_bpe300`: {train_tokens} tokens, and {val_tokens} for validation'
+    assert facts['training'] == f'{state["iter_num"] * 4 * 2 * 16:,} tokens, {state["iter_num"]} iterations'
+    assert '`learning_rate=0.01`' in facts['settings of the training'] and '`n_embd=16`' in facts['settings of the model']
+    assert facts['run_id'] == f'`{state["run_id"]}`' and state['tokenizer']['identity'] in facts['tokenizer']
+    assert facts['parents'] == (', '.join(f'`{parent}`' for parent in state['parents']) or 'none')
+    figure, said = {'diffusion': ('upper bound of the validation loss', 'no exact likelihood'),
+                    'drifting': ('Jensen-Shannon divergence of 2-grams', 'no likelihood')}.get(
+                        kind, ('validation loss', 'sees the last 16 tokens'))
+    assert facts[figure].startswith(f'{state["best_val_loss"]:.4f} ') and said in body and 'license' not in front
+    assert ('validation loss' in facts) == (kind in ('gpt2', 'heat'))
+    padding = 320 - 300 if kind == 'gpt2' else 320 - 300 - (kind == 'diffusion')  # rows of the embedding matrix
+    exact = parameters_of(folder) - (16 * padding if kind in ('heat', 'diffusion') else 0)
+    assert facts['parameters'] == f'{exact:,}'
+    monkeypatch.chdir(tmp_path)
+    os.symlink(data, 'data')
+    *python, commands = blocks
+    assert len(python) == (kind == 'gpt2')
+    for code in python:
+        exec(compile(code, 'card', 'exec'), {})
+    small = {'sample.py': ['--max_new_tokens=4', '--num_samples=1'], 'evaluate.py': ['--windows=2']}
+    for line in commands.splitlines():
+        _, script, *words = shlex.split(line)
+        capsys.readouterr()
+        importlib.import_module(script.removesuffix('.py')).main([*words, *small.get(script, ()), '--device=cpu'])
+        assert capsys.readouterr().out
+
+
+def test_a_model_card_leaves_out_what_is_not_known(trained, tmp_path, data):
+    """Of an export there is no more than its weights; and a data set that was prepared anew is another text."""
+    export.main([f"--out_dir={trained(model_type='dd')}", f'--to={tmp_path}/hf'])
+    facts = card_of(tmp_path / 'hf')[1]
+    export.main([f'--out_dir=hf:{tmp_path}/hf', f'--to={tmp_path}/again'])
+    known = card_of(tmp_path / 'again')[1]
+    assert set(known) == {'type', 'parameters', 'settings of the model', 'tokenizer', 'run_id', 'parents'}
+    assert all(facts[fact] == value for fact, value in known.items())
+    state = checkpoint.load(checkpoint.find(trained('other', dataset='text_byte')))
+    for name, changes in {'old': {'data': {}}, 'moved': {'config': state['config'] | {'data_dir': 'nowhere'}},
+                          'first': {'best_val_loss': float('inf')}}.items():
+        export.export(state | changes, str(tmp_path / name))
+        facts = card_of(tmp_path / name)[1]
+        assert (facts['data set'] == '`text_byte`') == ('validation loss' in facts) == (name != 'first')
+
+
+def test_a_model_card_of_names_that_are_no_unicode(trained, tmp_path):
+    state = checkpoint.load(checkpoint.find(trained()))
+    export.export(state | {'config': state['config'] | {'dataset': 'a|`b\n\udcff'}}, str(tmp_path / 'hf'))
+    assert card_of(tmp_path / 'hf')[1]['data set'] == "`a/'b ?`"
+
+
+def test_a_readme_that_is_there_stays(trained, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'README.md').write_text('my own words')
+    with pytest.raises(UserError, match='exists'):
+        export.main([f'--out_dir={trained()}', f'--to={tmp_path}/mine'])
+    assert [path.read_text() for path in (tmp_path / 'mine').iterdir()] == ['my own words']
 
 
 def test_a_killed_export_is_not_in_the_way(trained, tmp_path, monkeypatch):

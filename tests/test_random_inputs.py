@@ -189,6 +189,7 @@ TEXTS = {
     'text.txt'],
     'out_dir': ['run', 'run', 'hf:exported', 'run,DATA/encoder', 'out', 'a b', 'text.txt', 'text.txt/out', ''],
     'to': ['new', 'a b', 'é', 'text.txt', 'no/such/new', ''], 'html': ['new.html', 'no/new.html', '.'],
+    'tasks': ['no.yaml', 'text.txt', ''],
     'figure': ['new.png', 'x.html', 'no/new.png'], 'judge': ['DATA/encoder', 'run', 'no', 'hf:exported'],
     'init_from': ['scratch', 'resume', 'auto', 'DATA/encoder', 'hf:exported', 'run', 'hf:no', 'hf:', 'hf:/no'],
     'encoder': ['DATA/encoder', 'hf:exported', 'run', 'no', 'hf:/no'], 'recipe': ['recipe.py', 'no.py', 'text.txt'],
