@@ -1,8 +1,8 @@
 # The demo of block diffusion: the Python standard library's source on a CPU
 #   make demo MODEL=diffusion     or     python prepare.py python --tokenizer=bpe:1024
 #                                        python train.py config/train_diffusion_python.py
-# Neither its time nor its loss has been measured; the rate is not tuned. 750 iterations take as long as 1,500 with one canvas
-# would; on stories blocks of 4 have the lower loss even so (docs/masked_diffusion.md).
+# Neither its time nor its loss has been measured; the rate is not tuned. 750 iterations take as long as 1,500 with one
+# canvas would; on stories blocks of 4 have the lower loss even so (docs/masked_diffusion.md).
 out_dir = 'out-diffusion'
 dataset = 'python_bpe1024'
 model_type = 'diffusion'
