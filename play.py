@@ -91,7 +91,7 @@ class Side:
         self.model, self.tokenizer = open_model(name, config.ckpt, device)
         self.dtype = pick_dtype(config.dtype, device)
         kind = self.model.config.model_type
-        self.title = f'{name}: {kind}, {self.model.num_params():,} parameters'
+        self.name, self.title = name, f'{name}: {kind}, {self.model.num_params():,} parameters'
         self.write, self.settings = WAYS.get(kind, LEFT_TO_RIGHT)
 
     def computed(self, steps, answer):
@@ -210,6 +210,7 @@ def repair(side, text, refine_config, values, answer):
     repairs = (rewrite(side.model, torch.tensor(ids), refine_config, values['seed']) for _ in range(1))
     (repaired, flagged, tally), = side.computed(repairs, answer)
     answer.changes = list(player.changes(side.tokenizer, ids, repaired, flagged.tolist()))
+    answer.notes.append('' if flagged.any() else 'nothing was flagged: a lower flag_threshold flags more')
     answer.passes, answer.count = sum(tally.passes), tally.tokens
     yield
 
@@ -275,9 +276,9 @@ def import_gradio():
     return gradio
 
 
-def control(gradio, f, default):
-    """A control of the page for an option."""
-    words = dict(value=default, label=f.name, info=f.metadata['help'], min_width=150)
+def control(gradio, f, defaults):
+    """A control of the page for an option; defaults: {name: value} of those that are others here."""
+    words = dict(value=defaults.get(f.name, f.default), label=f.name, info=f.metadata['help'], min_width=200)
     if f.type is bool:
         return gradio.Checkbox(**words)
     return gradio.Dropdown(list(f.metadata['choices']), **words) if f.metadata['choices'] else gradio.Number(**words)
@@ -294,21 +295,21 @@ def build_page(gradio, sides):
             yield [render(template, side.title, answer) if n == number else gradio.skip() for n, side in enumerate(sides)]
 
     with gradio.Blocks(title='nanoDrift playground', analytics_enabled=False) as page:
-        text = gradio.Textbox(label='text', lines=3, info='empty starts a new document; a gap is [MASK:12], twelve tokens, '
-                              'or ____, one for each underscore')
+        text = gradio.Textbox(label='text', lines=3, info='Empty starts a new document. A gap is `[MASK:12]`, twelve '
+                              'tokens, or `____`, one for each underscore.')
         with gradio.Row(equal_height=True):
             task = gradio.Radio(TASKS, value=CONTINUE, label='task', min_width=280)
-            seed = control(gradio, *((f, f.default) for f in of(SampleConfig, 'seed')))
+            seed = gradio.Number(SampleConfig.seed, label='seed', info='the same seed gives the same text', min_width=150)
         with gradio.Row():
             go, stop = gradio.Button('Run', variant='primary', min_width=120), gradio.Button('Stop', min_width=120)
         controls, outputs = [], []
         with gradio.Row():
             for side in sides:
                 with gradio.Column(min_width=320):
-                    outputs.append(gradio.HTML(render(template, side.title, Answer())))
-                    with gradio.Accordion('settings', open=False), gradio.Row():
+                    with gradio.Accordion(f'settings of {side.name}', open=False), gradio.Row():
                         defaults = ONE_STEP if side.write is write_at_once else {}
-                        controls += [control(gradio, f, defaults.get(f.name, f.default)) for f in side.settings]
+                        controls += [control(gradio, f, defaults) for f in side.settings]
+                    outputs.append(gradio.HTML(render(template, side.title, Answer())))
         private = dict(api_visibility='private', show_progress='hidden')
         running = go.click(respond, [text, task, seed, *controls], outputs, concurrency_limit=1, **private)
         stop.click(None, cancels=running, **private)
