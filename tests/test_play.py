@@ -20,6 +20,7 @@ import sample
 import train
 from nanodrift import player
 from nanodrift.options import UserError
+from nanodrift.refinement import Step
 from nanodrift.tokenizer import ByteTokenizer
 from play import CONTINUE, GAPS, REPAIR, Answer, PlayConfig, Side, Token
 
@@ -85,6 +86,16 @@ def test_a_refinement_is_recorded_and_gaps_keep_their_text(ask, name):
     assert ''.join(text for text, *_ in answer.recording.frames[-1]) == text_of(answer)
     assert len(answer.recording.frames) > 2 and answer.recording.frames[0][5][0] is None
     assert bool(answer.notes[0]) == (name == 'blocks')  # a block does not see what is behind it
+
+
+def test_the_canvas_on_the_way_shows_what_is_given_committed_and_open():
+    def step(ids, revised):
+        confidence = torch.tensor([[0.0, 0.25, 0.0, 0.0]]).double()
+        return Step(torch.tensor([ids]), confidence, torch.tensor([revised]), torch.tensor([1]))
+    first, now = step([97, 257, 257, 257], [False] * 4), step([97, 98, 257, 257], [False, False, False, True])
+    assert play.shown(first, now, ByteTokenizer(), 257) == [
+        Token('a', kind='fixed'), Token('b', 0.25, "'b' 0.250 when committed"), Token('·', kind='open'),
+        Token('·', kind='open revised')]
 
 
 def test_a_repair_has_a_diff(ask, monkeypatch):
