@@ -19,16 +19,14 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from model import load_model
 from nanodrift import player
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
-from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
-from nanodrift.tokenizer import encode_prompt, tokenizer_from_meta
-from sample import read_prompt, stream
+from nanodrift.tokenizer import encode_prompt
+from sample import open_model, read_prompt, stream
 
 SAMPLES_AT_ONCE, NEW_TOKENS = 64, 100
 LONGEST = 16384  # tokens, where the model's block_size does not say it
@@ -99,30 +97,43 @@ def parse_template(text, encode, model_config):
     return ids + encode(text[end:])
 
 
+def template_canvas(text, tokenizer, model_config):
+    """Token ids of text with gaps, [MASK] where they are open -> (T,)."""
+    ids, (most, limit) = parse_template(text, tokenizer.encode, model_config), room(model_config)
+    if len(ids) > most:
+        raise UserError(f'the {len(ids)} tokens of the template do not fit {limit}: shorten it')
+    return begin(ids, tokenizer, model_config)
+
+
+def prompt_canvas(text, max_new_tokens, tokenizer, model_config):
+    """Token ids of a prompt and as many [MASK]; 0 takes 100, or as many as fit -> (T,)."""
+    given, (most, limit) = encode_prompt(tokenizer, text), room(model_config)
+    count = max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
+    if len(given) + count > most:
+        raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit {limit}: lower '
+                        '--max_new_tokens or shorten the prompt')
+    return begin(given + [model_config.vocab_size] * count, tokenizer, model_config)
+
+
+def begin(ids, tokenizer, c):
+    """ids as a tensor (T,). With diffusion_shift the first is given, and is end-of-text where the user gives none."""
+    return torch.tensor([tokenizer.eot] * (c.diffusion_shift and ids[0] == c.vocab_size) + ids)
+
+
 def first_canvas(config, tokenizer, model_config):
-    """Token ids (T,) with [MASK] where they are open, of --start or --template. With diffusion_shift the first is given, and
-    is end-of-text where the user gives none."""
-    mask, (most, limit) = model_config.vocab_size, room(model_config)
+    """Token ids (T,) with [MASK] where they are open, of --start or --template."""
     if config.template:
-        ids = parse_template(read_prompt(config.template), tokenizer.encode, model_config)
-        if len(ids) > most:
-            raise UserError(f'the {len(ids)} tokens of the template do not fit {limit}: shorten it')
-    else:
-        given = encode_prompt(tokenizer, read_prompt(config.start))
-        count = config.max_new_tokens or max(1, min(NEW_TOKENS, most - len(given)))
-        if len(given) + count > most:
-            raise UserError(f'{len(given)} tokens of the prompt and {count} new ones do not fit {limit}: lower '
-                            '--max_new_tokens or shorten the prompt')
-        ids = given + [mask] * count
-    return torch.tensor([tokenizer.eot] * (model_config.diffusion_shift and ids[0] == mask) + ids)
+        return template_canvas(read_prompt(config.template), tokenizer, model_config)
+    return prompt_canvas(read_prompt(config.start), config.max_new_tokens, tokenizer, model_config)
 
 
-def tell_what_is_not_seen(canvas, c):
-    """A line on stderr where a gap stands before given text that the model will not look at."""
+def unseen(canvas, c):
+    """What to say where a gap stands before given text that the model will not look at; '' where there is no such gap."""
     open_ = (canvas == c.vocab_size).nonzero()
-    if c.diffusion_block and (canvas[int(open_[0]):] != c.vocab_size).any():
-        print(f'this model fills blocks of {c.diffusion_block} tokens from left to right: a gap does not see the text to '
-              'its right, except in its own block', file=sys.stderr)
+    if not c.diffusion_block or (canvas[int(open_[0]):] == c.vocab_size).all():
+        return ''
+    return (f'this model fills blocks of {c.diffusion_block} tokens from left to right: a gap does not see the text to its '
+            'right, except in its own block')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,15 +168,26 @@ def all_ended(ids, c, given, eot):
     return eot is not None and bool(c.diffusion_block and (ids[:, given:settled(ids, c)] == eot).any(1).all())
 
 
+def ends(canvas, config, tokenizer, c):
+    """Of a first canvas (T,): how many tokens at its start are given, how many of those not by the user, and the id that
+    ends a sample, None where nothing does."""
+    given = 0 if config.template else int((canvas != c.vocab_size).sum())
+    lead = int(c.diffusion_shift and canvas[0] == tokenizer.eot)
+    return given, lead, None if config.ignore_eot or config.template else tokenizer.eot
+
+
+def up_to_end(row, given, eot):
+    """A sample's ids (a list) without an `eot` behind the given tokens and what follows it."""
+    return row[:given + row[given:].index(eot)] if eot in row[given:] else row
+
+
 def finished_tokens(steps, c, start, given, eot):
     """Yields, for each Step of a single canvas of a model with diffusion_block, the tokens (a list) from `start` on that are
     finished since the one before, up to an `eot` behind the given tokens."""
     for step in steps:
-        end, row = settled(step.ids, c), step.ids[0].tolist()
-        if eot in row[given:end]:
-            end = given + row[given:end].index(eot)
-        yield row[start:end]
-        start = max(start, end)
+        row = up_to_end(step.ids[0, :settled(step.ids, c)].tolist(), given, eot)
+        yield row[start:]
+        start = max(start, len(row))
 
 
 class Tally:
@@ -195,9 +217,7 @@ def generate(model, tokenizer, canvas, config, refine_config, console):
     """Prints all samples of a canvas (T,); returns the Tally. A single sample of a model with diffusion_block is printed
     while it grows, if nothing is played and no step takes back the blocks before."""
     c, tally, totals = model.config, Tally(), []
-    given = 0 if config.template else int((canvas != c.vocab_size).sum())
-    lead = int(c.diffusion_shift and canvas[0] == tokenizer.eot)  # what is not the user's
-    eot = None if config.ignore_eot or config.template else tokenizer.eot
+    given, lead, eot = ends(canvas, config, tokenizer, c)
     plays = config.animate or config.html
     grows = c.diffusion_block and config.num_samples == 1 and not plays and not REMASKS[refine_config.remask].compensated
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
@@ -214,9 +234,8 @@ def generate(model, tokenizer, canvas, config, refine_config, console):
         if recorded:
             show(player.Recording.of(recorded, tokenizer, c.vocab_size), config, console)
         for row in last.ids.tolist():
-            if eot in row[given:]:
-                row = row[:given + row[given:].index(eot)]
-            print(tokenizer.decode(row[lead:]), *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
+            text = tokenizer.decode(up_to_end(row, given, eot)[lead:])
+            print(text, *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
     if refine_config.strategy == 'naive':
         print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
     return tally
@@ -244,21 +263,32 @@ def flagged_tokens(model, ids, threshold):
     return torch.cat(chunks)
 
 
-def repair(model, tokenizer, config, refine_config, console):
-    """Rewrites what the model flags in a text, block by block; prints the differences. Returns the Tally."""
+def check_repairs(model):
     if model.config.diffusion_objective != 'repair':
         raise UserError('only a model of --diffusion_objective=repair flags wrong tokens')
-    text = read_prompt(f'FILE:{config.repair.removeprefix("FILE:")}')
-    ids, mask, tally, repaired = torch.tensor(tokenizer.encode(text)), model.config.vocab_size, Tally(), []
-    if not len(ids):
-        raise UserError(f'{config.repair} is empty')
+
+
+def rewrite(model, ids, refine_config, seed):
+    """Rewrites which of a text's token ids (T,) the model flags, block by block -> the new ids (a list), flagged (T,) bool,
+    the Tally."""
+    mask, tally, repaired = model.config.vocab_size, Tally(), []
     started = time.perf_counter()
     flagged = flagged_tokens(model, ids, refine_config.flag_threshold)
     tally.seconds += time.perf_counter() - started
     for number, block in enumerate(ids.masked_fill(flagged, mask).split(model.config.block_size)):
-        *_, last = tally.refine(model, block, 1, refine_config, derive_seed(config.seed, number), last=False)
+        *_, last = tally.refine(model, block, 1, refine_config, derive_seed(seed, number), last=False)
         repaired += last.ids[0].tolist()
     tally.passes = [1 + passes for passes in tally.passes]  # the one that flagged
+    return repaired, flagged, tally
+
+
+def repair(model, tokenizer, config, refine_config, console):
+    """Repairs a text and prints the differences. Returns the Tally."""
+    check_repairs(model)
+    ids = torch.tensor(tokenizer.encode(read_prompt(f'FILE:{config.repair.removeprefix("FILE:")}')))
+    if not len(ids):
+        raise UserError(f'{config.repair} is empty')
+    repaired, flagged, tally = rewrite(model, ids, refine_config, config.seed)
     if config.to:
         write(config.to, tokenizer.decode_bytes(repaired))
     differences = player.diff(tokenizer, ids.tolist(), repaired, flagged.tolist(), console.is_terminal)
@@ -274,14 +304,17 @@ def write(path, data):
         raise UserError(f'cannot write {path}: {e.strerror}') from None
 
 
+def check_flagging(refine_config, repairing):
+    if refine_config.flag_threshold != RefineConfig.flag_threshold and refine_config.remask != 'flag' and not repairing:
+        raise UserError(f'flag_threshold={refine_config.flag_threshold} is for --remask=flag and --repair')
+
+
 def main(argv):
     config, refine_config, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
-    if refine_config.flag_threshold != RefineConfig.flag_threshold and refine_config.remask != 'flag' and not config.repair:
-        raise UserError(f'flag_threshold={refine_config.flag_threshold} is for --remask=flag and --repair')
+    check_flagging(refine_config, config.repair)
     device = pick_device(config.device, float64=True)
     dtype = pick_dtype(config.dtype, device)
-    state = open_run(config.out_dir, config.ckpt)
-    model, tokenizer = load_model(state, device), tokenizer_from_meta(state['tokenizer'])
+    model, tokenizer = open_model(config.out_dir, config.ckpt, device)
     check_defined(refine_config, model)
     sys.stdout.reconfigure(encoding='utf-8', errors='replace', newline='')  # whatever the locale; line ends as they are
     console = Console()
@@ -290,7 +323,8 @@ def main(argv):
             tally = repair(model, tokenizer, config, refine_config, console)
         else:
             canvas = first_canvas(config, tokenizer, model.config)
-            tell_what_is_not_seen(canvas, model.config)
+            if unseen(canvas, model.config):
+                print(unseen(canvas, model.config), file=sys.stderr)
             tally = generate(model, tokenizer, canvas, config, refine_config, console)
     if refine_config.block_length and not model.config.diffusion_block and max(tally.passes) > refine_config.max_steps:
         print(f'a block takes at least one step, so --block_length={refine_config.block_length} took more than '

@@ -291,9 +291,11 @@ class GPT(nn.Module):
         """Hidden states (..., C) -> logits (..., n_logits), the padding cut off."""
         return self.lm_head(x)[..., :self.config.n_logits]
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True,
+                 return_logits=False):
         """
-        Yields max_new_tokens columns (B,) of sampled ids that continue idx (B, T).
+        Yields max_new_tokens columns (B,) of sampled ids that continue idx (B, T); with return_logits pairs of a column and
+        the logits (B, V) that it was drawn from.
 
         Up to block_size positions use a KV cache. After that the window slides, all positions change, and each step
         recomputes the last block_size tokens, as nanoGPT does.
@@ -316,10 +318,11 @@ class GPT(nn.Module):
                     held += fresh.size(1)
                     x = self.trunk(fresh, cache.begin(fresh.size(1)))
                     cache.keep(fresh.size(1))
-                column = sample_logits(self.head(x[:, -1]), temperature, top_k, top_p, rng)  # (B,)
+                logits = self.head(x[:, -1])
+                column = sample_logits(logits, temperature, top_k, top_p, rng)  # (B,)
             fresh = column.clone()[:, None]  # a normal tensor: inference tensors cannot be used in autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]
-            yield fresh[:, 0]
+            yield (fresh[:, 0], logits) if return_logits else fresh[:, 0]
 
     def compile_blocks(self):
         """torch.compile, block by block: the code of one serves all, and so compiling takes seconds and not the minute of

@@ -57,20 +57,25 @@ class SampleConfig:
             raise UserError(f'draft_tokens={self.draft_tokens} has no effect without --draft=ngram or own')
 
 
+def open_model(name, ckpt, device):
+    """The checkpoint of a run's folder or of 'hf:NAME_OR_FOLDER' -> the model in evaluation mode, its tokenizer."""
+    state = open_run(name, ckpt)
+    if state['tokenizer'] is None:
+        raise UserError(f"{name} has a vocabulary of {state['model_args']['vocab_size']}, GPT-2's tokenizer another: only "
+                        'models that kept it can be sampled')
+    return load_model(state, device), tokenizer_from_meta(state['tokenizer'])
+
+
 def load(config, device):
     """-> the model in evaluation mode on the device, its tokenizer."""
     if config.init_from != 'resume' and not config.init_from.startswith('hf:'):
         raise UserError(f"init_from={config.init_from!r} is neither 'resume' nor 'hf:NAME_OR_FOLDER'")
     name = config.out_dir if config.init_from == 'resume' else config.init_from
-    state = open_run(name, config.ckpt)
-    if state['tokenizer'] is None:
-        raise UserError(f"{name} has a vocabulary of {state['model_args']['vocab_size']}, GPT-2's tokenizer another: only "
-                        'models that kept it can be sampled')
-    model = load_model(state, device)
+    model, tokenizer = open_model(name, config.ckpt, device)
     if model.config.model_type == 'diffusion':
         raise UserError(f'{name} is a diffusion model, which is not sampled from left to right: use '
                         f'generate_diffusion.py --out_dir={name}')
-    return model, tokenizer_from_meta(state['tokenizer'])
+    return model, tokenizer
 
 
 def read_prompt(start):
@@ -85,6 +90,12 @@ def read_prompt(start):
         raise UserError(f'cannot read the prompt {path}: {e.strerror}') from None
     except UnicodeDecodeError as e:
         raise UserError(f'the prompt {path} is not UTF-8 (byte {e.start})') from None
+
+
+def unread(prompt, c):
+    """What to say of a prompt that is longer than the model reads; '' where all of it is read."""
+    long = len(prompt) > c.block_size
+    return f'the prompt has {len(prompt)} tokens; the model reads the last block_size={c.block_size} of them' if long else ''
 
 
 def generate(model, tokenizer, prompt, count, config, seed):
@@ -139,21 +150,26 @@ def check_idle(values):
             raise UserError(f'{name} has no meaning for a drifting model, which writes all tokens at once: leave it out')
 
 
-def print_at_once(text, tokenizer, model, prompt, config):
-    """Prints all samples of a drifting model; returns their number of tokens."""
+def generate_at_once(model, prompt, count, config, seed):
+    """The new ids (count, T) of samples of a drifting model, all in one forward pass."""
     c = model.config
     if len(prompt) > c.drift_prefix:
         raise UserError(f'the prompt has {len(prompt)} tokens, and the model was trained with at most '
                         f'drift_prefix={c.drift_prefix}: shorten it, or train with a larger --drift_prefix')
-    end, tokens, passes = len(prompt) + config.max_new_tokens, 0, 0
+    ids = model.generate_at_once(count, config.temperature, seed, torch.tensor(prompt) if prompt else None)
+    return ids[:, len(prompt):len(prompt) + config.max_new_tokens]
+
+
+def print_at_once(text, tokenizer, model, prompt, config):
+    """Prints all samples of a drifting model; returns their number of tokens."""
+    tokens, passes = 0, 0
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, config.num_samples - first)
-        prefix = torch.tensor(prompt) if prompt else None
-        ids = model.generate_at_once(count, config.temperature, derive_seed(config.seed, first), prefix)[:, :end]
+        ids = generate_at_once(model, prompt, count, config, derive_seed(config.seed, first))
         passes += 1
-        tokens += ids[:, len(prompt):].numel()
+        tokens += ids.numel()
         for row in ids.tolist():
-            print(text + tokenizer.decode(row[len(prompt):]), '---------------', sep='\n', flush=True)
+            print(text + tokenizer.decode(row), '---------------', sep='\n', flush=True)
     print(f'1 forward pass (NFE) for each sample, {passes} in all', file=sys.stderr)
     return tokens
 
@@ -178,9 +194,8 @@ def main(argv):
     prompt = encode_prompt(tokenizer, text)
     if not prompt and model.config.model_type != 'drifting':
         prompt = [tokenizer.eot]
-    if len(prompt) > model.config.block_size:
-        print(f'the prompt has {len(prompt)} tokens; the model reads the last block_size={model.config.block_size} of them',
-              file=sys.stderr)
+    if unread(prompt, model.config):
+        print(unread(prompt, model.config), file=sys.stderr)
     started = time.perf_counter()
     with autocast(device, dtype):
         if model.config.model_type == 'drifting':

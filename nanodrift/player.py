@@ -143,17 +143,23 @@ def whole_characters(kinds, *texts):
     return kinds
 
 
-def diff(tokenizer, before, after, flagged, colours):
-    """A text whose flagged tokens were rewritten: what went in red, what came in green, what was confirmed in yellow;
-    without colours as [-went-]{+came+}. Everything else stands as it stood."""
+def changes(tokenizer, before, after, flagged):
+    """Of a text whose flagged tokens were rewritten, from left to right: (what was done, the old text, the new text); what
+    was done is 'kept', 'same' for what was flagged and confirmed, or 'new'."""
     kinds = [0 if not wrong else 1 if old == new else 2 for old, new, wrong in zip(before, after, flagged)]
     texts = [[tokenizer.decode_bytes([i]) for i in ids] for ids in (before, after)]
-    kinds = [('kept', 'same', 'new')[kind] for kind in whole_characters(kinds, *texts)]
-    text, start = '', 0
-    for kind, tokens in itertools.groupby(kinds):
+    start = 0
+    for kind, tokens in itertools.groupby(whole_characters(kinds, *texts)):
         run = slice(start, start + len(list(tokens)))
         start = run.stop
-        was, now = tokenizer.decode(before[run]), tokenizer.decode(after[run])
+        yield ('kept', 'same', 'new')[kind], tokenizer.decode(before[run]), tokenizer.decode(after[run])
+
+
+def diff(tokenizer, before, after, flagged, colours):
+    """The `changes` as one text: what went in red, what came in green, what was confirmed in yellow; without colours as
+    [-went-]{+came+}. Everything else stands as it stood."""
+    text = ''
+    for kind, was, now in changes(tokenizer, before, after, flagged):
         if kind == 'kept' or (kind == 'same' and not colours):
             text += was
         elif kind == 'same':
@@ -166,14 +172,19 @@ def diff(tokenizer, before, after, flagged, colours):
 # ---------------------------------------------------------------------------------------------------------------------
 # a page
 
-def write_page(recording, path):
-    """Writes a page that plays a Recording, with nothing loaded from elsewhere. Raises UserError if it cannot."""
+def page(recording):
+    """A page that plays a Recording, with nothing loaded from elsewhere."""
     here = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(here, 'player.html'), encoding='utf-8') as f:
         template = f.read()
     data = json.dumps(asdict(recording)).replace('<', '\\u003c')  # or a token could end the script
+    return template.replace('/*RECORDING*/null', data)
+
+
+def write_page(recording, path):
+    """Writes the page of a Recording. Raises UserError if it cannot."""
     try:
         with open(path, 'w', encoding='utf-8') as f:
-            f.write(template.replace('/*RECORDING*/null', data))
+            f.write(page(recording))
     except OSError as e:
         raise UserError(f'cannot write the page {path}: {e.strerror}') from None

@@ -264,6 +264,9 @@ MISTAKES = {
         ('--to=text.txt/x', 'cannot write'),
         ('--to=x --out_dir=no', 'no folder'), ('--to=x --out_dir=hf:no', 'hf:FOLDER'),
         ('--to=x --ckpt=first', 'best, last')],
+    'play.py': [
+        ('--out_dir=no', 'no folder'), ('--out_dir=run,no', 'no folder'), ('--out_dir=run,', 'no folder'),
+        ('--out_dir=run,char,repair', 'at most two'), ('--out_dir=hf:no', 'hf:FOLDER'), ('--device=warp', 'cpu, cuda, mps')],
     'bench.py': [
         ('--against=no', 'nanoGPT checkout'), ('--part=types --variants=x', 'variants'), ('--only=x', 'ours, nanoGPT'),
         ('--data=no', 'does not exist'), ('--data=data/tiny_byte --vocab_size=100', '--vocab_size=257'),
@@ -287,7 +290,7 @@ GIVEN = {'train.py': [*SHORT['train.py'], '--dataset=tiny_byte'], 'sample.py': [
          'prepare.py': ['--data_dir=data', '--tokenizer=byte', '--num_proc=1'], 'export.py': ['--out_dir=run'],
          'compare.py': ['--recipe=recipe.py', '--dataset=tiny_byte', '--tokens=256', '--length=8', '--variants=gpt2',
          '--samples=0'],
-         'bench.py': SHORT['bench.py'],
+         'bench.py': SHORT['bench.py'], 'play.py': ['--out_dir=run', '--device=cpu'],
          'train_diffusion_attention.py': [*SHORT['train_diffusion_attention.py'], '--dataset=data/tiny_byte']}
 BROKEN_DATA = ['torn', 'empty', 'oversized', 'no_val', 'no_vocab', 'pickled', 'no_splits', 'no_tokenizer']
 READERS_OF_DATA = {'train.py': '--dataset=NAME', 'evaluate.py': '--data=data/NAME', 'bench.py': '--data=data/NAME',
@@ -299,7 +302,8 @@ BROKEN_RUNS = ['pickle', 'zipped', 'torn', 'nothing', 'text', 'no_checkpoint', '
 READERS_OF_RUNS = ['sample.py --out_dir=NAME', 'evaluate.py --out_dir=NAME --data=data/tiny_byte',
                    'export.py --out_dir=NAME --to=x',
                    'train.py --init_from=NAME', 'train.py --model_type=drifting --encoder=NAME',
-                   'evaluate.py --out_dir=run --judge=NAME', 'generate_diffusion.py --out_dir=NAME']
+                   'evaluate.py --out_dir=run --judge=NAME', 'generate_diffusion.py --out_dir=NAME',
+                   'play.py --out_dir=NAME']
 
 
 def check(script, words, message):

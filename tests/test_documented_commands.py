@@ -31,7 +31,7 @@ RUNS = {'out': 'gpt2', 'out-a': 'gpt2', 'out-b': 'heat', 'out-judge': 'judge', '
 OF_A_TYPE = ('model_type', 'diffusion_', 'draft_')  # settings by which a command is of one type
 DOWNLOADS = ('tinystories', 'wikitext-2', 'wikitext-103', 'shakespeare', 'python')  # data sets; python takes a minute
 # scripts that other tests run as a whole, since they take long: their options are read here
-LONG = {'bench.py': ['BenchConfig', 'GPTConfig'], 'compare.py': ['CompareConfig'],
+LONG = {'bench.py': ['BenchConfig', 'GPTConfig'], 'compare.py': ['CompareConfig'], 'play.py': ['PlayConfig'],
         'experiments.drifting_2d': ['PlaneConfig']}
 ELSEWHERE = ('git', 'make demo', 'make gpu', 'python3 -m venv')  # tests of their own, or no command of ours
 

@@ -11,6 +11,7 @@ from conftest import TINY
 from rich.console import Console
 
 import generate_diffusion
+import sample
 import train
 from generate_diffusion import GenerateConfig, first_canvas, parse_template, refine_batch
 from model import GPTConfig, load_model
@@ -190,7 +191,6 @@ def test_models_of_other_kinds_are_refused(tiny, go):
 
 
 def test_sample_refers_to_generate_diffusion(out_dir):
-    import sample
     with pytest.raises(UserError, match='generate_diffusion.py'):
         sample.main([f'--out_dir={out_dir}'])
 
@@ -325,7 +325,7 @@ def test_end_of_text_is_never_written_into_a_text(go, out_dir, tmp_path, monkeyp
             model.transformer.ln_f.bias.fill_(1)
             model.transformer.wte.weight[256] = 100
         return model
-    monkeypatch.setattr(generate_diffusion, 'load_model', eager)
+    monkeypatch.setattr(sample, 'load_model', eager)
     monkeypatch.setattr(generate_diffusion, 'flagged_tokens', lambda model, ids, threshold: ids == ord('x'))
     (tmp_path / 'a.txt').write_text('abxcd\nabx')
     said = go('--template=ab____cd') if kind == 'template' else go(f'--repair={tmp_path}/a.txt')
