@@ -158,7 +158,7 @@ def test_a_vocabulary_beyond_uint16(tiny, tmp_path):
     assert ids.max() == 69999
     config, model_config = tiny(data_dir=str(tmp_path), dataset='wide', max_iters=2, n_embd=2, n_head=1, n_layer=1)
     trainer = train.Trainer(config, model_config, Ranks())
-    X, Y, _ = trainer._batch(0)
+    X, Y, _ = trainer._batch(0, 0, 0)
     at = trainer.windows['train'].offsets([0])[0]
     assert X[0].tolist() == ids[at:at + 16].tolist() and Y[0].tolist() == ids[at + 1:at + 17].tolist()
     assert trainer.train() == 0

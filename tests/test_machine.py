@@ -177,11 +177,11 @@ def train_and_signal_rank_1(argv):
     """Rank 1 gets SIGTERM in iteration 14, and a second time, as torchrun and a job manager may send it each."""
     real = train.Trainer._batch
 
-    def batch(self, micro):
-        if self.iter_num == 13 and self.ranks.rank == 1:
+    def batch(self, iter_num, *numbers):
+        if iter_num == 13 and self.ranks.rank == 1:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, micro)
+        return real(self, iter_num, *numbers)
     train.Trainer._batch = batch
     return train.main(argv)
 
@@ -246,10 +246,10 @@ def stop_rank_1(argv):
     """Rank 1 stops in the middle of iteration 4, as if it hung."""
     real = train.Trainer._batch
 
-    def batch(self, micro):
-        if self.iter_num == 3 and self.ranks.rank == 1:
+    def batch(self, iter_num, *numbers):
+        if iter_num == 3 and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return real(self, micro)
+        return real(self, iter_num, *numbers)
     train.Trainer._batch = batch
     return exit_code(argv)
 

@@ -365,8 +365,7 @@ def late(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
 
 
-@every_type
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('model_type, dtype', [*((name, 'float32') for name in WAYS), ('gpt2', 'float16')])
 def test_what_is_read_late_gives_the_same_run(tiny, request, model_type, dtype):
     overrides = HARD | dict(model_type=model_type, dtype=dtype, log_interval=1, keep_every=3)
     straight, *rest = tiny(out_dir='straight', **overrides)
