@@ -16,7 +16,7 @@ import train
 from model import load_model
 from nanodrift import checkpoint
 from nanodrift.data import Stream, Windows, derive_seed, load_meta
-from nanodrift.options import UserError
+from nanodrift.options import UserError, configure
 
 
 @pytest.fixture(scope='module')
@@ -145,7 +145,7 @@ def test_two_ranks_find_the_same(runs, fork_ranks, tmp_path):
     said = (tmp_path / 'fork.out').read_text()
     assert [p.exitcode for p in ranks] == [0, 0], said
     two = json.loads(said.splitlines()[-1])
-    config, draw_config, _ = evaluate.configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
+    config, draw_config, _ = configure(argv, evaluate.EvalConfig, evaluate.DrawConfig)
     one, samples = evaluate.evaluate(config, draw_config, evaluate.setup_ranks('cpu', 'gloo', 60))
     assert json.dumps(two['likelihood']) == json.dumps(evaluate.finite(one))
     for row in [*two['samples'].values(), *samples.values()]:
