@@ -243,7 +243,7 @@ class Trainer:
             self.since = now
 
     def _pause(self):
-        """To be called before anything else than the next iteration."""
+        """Settles the last iteration. Saving and evaluating begin with it, since both need to know what came of it."""
         self._settle()
         self.voted = self.since = None
 
