@@ -231,6 +231,7 @@ class GPT(nn.Module):
         object.__setattr__(self, 'encoder', encoder)
         # what trunk runs; a plain list, so that nn.Module does not register it again: transformer.h holds these modules
         self.layers = self.build(config)
+        self.softmax = kernels.exponentials  # of the head in training
         self.apply(self._init_weights)
 
     def build(self, config):
@@ -271,7 +272,7 @@ class GPT(nn.Module):
         if return_logits:
             logits = self.lm_head(x)[..., :n_logits]
             return logits, self.objective.loss(logits, targets, weights)
-        return None, self.objective.head_loss(x, self.lm_head.weight, n_logits, targets, weights)
+        return None, self.head_loss(x, targets, weights)
 
     def trunk(self, idx, cache=None):
         """Token ids (B, T) -> hidden states (B, T, C) after the final norm. cache: a KVCache, or Streams. In training with
@@ -290,6 +291,10 @@ class GPT(nn.Module):
     def head(self, x):
         """Hidden states (..., C) -> logits (..., n_logits), the padding cut off."""
         return self.lm_head(x)[..., :self.config.n_logits]
+
+    def head_loss(self, x, targets, weights=None):
+        """The mean loss of hidden states (B, T, C), logits never held all at once."""
+        return self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, targets, weights, self.softmax)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True,
                  return_logits=False):
@@ -326,11 +331,17 @@ class GPT(nn.Module):
 
     def compile_blocks(self):
         """torch.compile, block by block: the code of one serves all, and so compiling takes seconds and not the minute of
-        a whole model. The head is not compiled, so that it can work in chunks."""
+        a whole model."""
         if self.device.type == 'cpu':  # otherwise compiled code would draw dd's noise one number at a time
             torch._inductor.config.fallback_random = True
+        self.compile_head()
         for block in self.layers:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
+
+    def compile_head(self):
+        """On CPUs compiled code takes longer in float32 than what it replaces."""
+        if self.device.type != 'cpu':
+            self.softmax = torch.compile(kernels.exponentials, dynamic=False)
 
     def recompute_blocks(self):
         """Gradient checkpointing: less memory, slower."""
@@ -682,7 +693,7 @@ class DiffusionGPT(EncodedGPT):
         if not isinstance(targets, drifting.Field):
             return super().forward(idx, targets, weights, return_logits)
         x = self.trunk(idx)
-        bound = self.objective.head_loss(x, self.lm_head.weight, self.config.n_logits, targets.ids, weights)
+        bound = self.head_loss(x, targets.ids, weights)
         field_loss = drifting.drift_loss(self, self.soft_tokens(idx, x), targets)
         return None, bound + self.config.drift_weight * field_loss / len(targets.scales)
 

@@ -24,7 +24,8 @@ class Objective:
     make_batch: (tokens (B, window) int64, rng torch.Generator, part) -> X, Y, W; W is None or the loss weight of each
         target; part = (i, n, seed) says that this is micro-batch i of the n of an iteration, over all ranks, and has a seed
         that they share.
-    head_loss: (x (B, T, C), head weight (Vp, C), n_logits, Y, W) -> the mean loss, logits never held all at once.
+    head_loss: (x (B, T, C), head weight (Vp, C), n_logits, Y, W, softmax) -> the mean loss, logits never held all at once;
+        softmax: kernels.exponentials, or the same compiled.
     loss: (logits (B, T, V), Y, W) -> the same mean loss from logits.
     metrics: (model, X, Y, W, calibrated) -> {name: metric}; `calibrated` adds what evaluate.py reports of confidence.
     summary: {name: metric} of a split -> {name: number}.
@@ -240,7 +241,7 @@ def without_mask(loss):
     """`loss` with the logit of [MASK], the last one, left out of the softmax."""
     if loss is cross_entropy:
         return lambda logits, Y, W=None: cross_entropy(logits[..., :-1], Y, W)
-    return lambda x, weight, n_logits, Y, W=None: linear_cross_entropy(x, weight, n_logits - 1, Y, W)
+    return lambda x, weight, n_logits, *rest: linear_cross_entropy(x, weight, n_logits - 1, *rest)
 
 
 def diffusion_loss_function(logits, targets, inputs, mask_token_id, penalty_keep_mask=0.25, penalty_mask_correct=0.5):

@@ -38,6 +38,7 @@ def compile_blocks(model):
     """`GPT.compile_blocks` would compile the gathering as well."""
     for block in blocks_of(model):
         block.forward = torch.compile(block.forward, dynamic=False)
+    model.compile_head()
 
 
 def is_shared(value):

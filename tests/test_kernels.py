@@ -260,6 +260,23 @@ def test_score_statistics_are_float32_under_autocast(dtype):
     torch.testing.assert_close(purity, plain_purity, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_softmax_of_the_head_gives_the_same_loss_and_gradients(monkeypatch, dtype):
+    """It is used on GPUs alone, so no training step on a CPU reaches it."""
+    monkeypatch.setattr(kernels, 'LOGITS_PER_CHUNK', 24 * 64)  # the last chunk is smaller
+    torch.manual_seed(0)
+    x, y, w = torch.randn(2, 32, 16), torch.randint(50, (2, 32)), torch.rand(2, 32)
+    y[0, :3], found = IGNORE, []
+    for softmax in (kernels.exponentials, torch.compile(kernels.exponentials, dynamic=False)):
+        inputs = x.clone().requires_grad_(), torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = linear_cross_entropy(*inputs, 50, y, w, softmax, flag=7)
+        loss.backward()
+        found.append([loss.detach(), *(t.grad for t in inputs)])
+    for eager, compiled in zip(*found):
+        assert (compiled - eager).norm() <= 1e-3 * eager.norm()
+
+
 def test_the_head_in_float16_keeps_small_activations():
     """A flat softmax over a large vocabulary weighs each activation by 1/V, which float16 would round to nothing."""
     torch.manual_seed(0)
