@@ -318,12 +318,10 @@ class GPT(nn.Module):
                 cache = None  # the window is full: from here on recompute it
             with torch.inference_mode(), kernels.packed_weights(packed):
                 if cache is None:
-                    x = self.trunk(idx[:, -block_size:])
+                    logits = self.head(self.trunk(idx[:, -block_size:])[:, -1])
                 else:
                     held += fresh.size(1)
-                    x = self.trunk(fresh, cache.begin(fresh.size(1)))
-                    cache.keep(fresh.size(1))
-                logits = self.head(x[:, -1])
+                    logits = cache.read(self, fresh)
                 column = sample_logits(logits, temperature, top_k, top_p, rng)  # (B,)
             fresh = column.clone()[:, None]  # a normal tensor: inference tensors cannot be used in autograd
             idx = torch.cat((idx, fresh), dim=1)[:, -block_size:]

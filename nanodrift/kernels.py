@@ -6,7 +6,7 @@ Score statistics            the statistics of adaptive heat; plain: `plain_score
 Rotation                    rotary positions as products of complex numbers; plain: `plain_rotate` in rotary.py
 Widened heads               extra coordinates that pass a bias of the scores through the fused attention
 Recomputed blocks           activations computed again in the backward pass: less memory, more time
-Packed linears              weights in the layout that a step of generation on a CPU reads fastest; plain: nn.Linear
+Packed linears              weights in the type and layout that a step of generation reads fastest; plain: nn.Linear
 
 Tests hold each of them equal to its plain definition.
 """
@@ -299,26 +299,30 @@ class Linear(nn.Linear):
 
 
 def pack_weights(model, rows):
-    """{Linear: a faster function for its product with so many rows} of a model, where there is one: on a CPU, in float32 or,
-    where the processor multiplies it, in bfloat16, for models of at most PACK_AT_MOST bytes."""
+    """{Linear: a faster function for its product with so many rows} of a model of at most PACK_AT_MOST bytes, where there is
+    one: on a CPU in float32 or, where the processor multiplies it, in bfloat16; on other devices in 16 bits."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     weight = linears[0].weight
     dtype = compute_dtype(weight)
     fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
-    fast = dtype == torch.float32 or dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
-    if weight.device.type != 'cpu' or not fast or not fits:
+    if weight.device.type == 'cpu':
+        fast = dtype == torch.float32 or dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
+    else:
+        fast = dtype != torch.float32  # autocast would make the copy for every token
+    if not fast or not fits:
         return {}
     return {linear: packed_linear(linear.weight.detach().to(dtype), linear.bias, rows) for linear in linears}
 
 
 def packed_linear(weight, bias, rows):
-    """Returns x (..., K) -> x @ weight^T + bias (..., N) in the type of weight (N, K), using a copy of it in the layout that
-    is fastest to read for this many rows of x on a CPU; reading weights dominates the time."""
+    """Returns x (..., K) -> x @ weight^T + bias (..., N) in the type of weight (N, K); on a CPU with a copy of it in the
+    layout that is fastest to read for this many rows of x, since reading weights dominates the time."""
     bias = None if bias is None else bias.detach().to(weight.dtype)
-    if rows == 1 and len(weight) > weight.size(1) and bias is None and weight.dtype == torch.float32:
+    on_cpu = weight.device.type == 'cpu'
+    if on_cpu and rows == 1 and len(weight) > weight.size(1) and bias is None and weight.dtype == torch.float32:
         columns = weight.t().contiguous()  # MKL adds long columns faster than it sums short rows
         return lambda x: x @ columns
-    if not torch.backends.mkldnn.is_available():
+    if not on_cpu or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x.to(weight.dtype), weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), packed, bias, 'none', [], '')

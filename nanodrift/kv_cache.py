@@ -4,10 +4,15 @@ The KV cache: keys and values of earlier passes, so that generation computes eac
 `Attention.attend` asks it for its result by `attend(sdpa, layer, q, k, v)`. sdpa is F.scaled_dot_product_attention with the
 dropout and scale of the caller. In comments B is the batch, H the heads, T the positions of a pass, D the width of a head.
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 
 from nanodrift.machine import compute_dtype
+
+RECORDED = ('cuda',)  # on these devices a step is recorded once and repeated; for this many tokens it pays
+RECORDED_FROM = 16
 
 
 class KVCache:
@@ -26,6 +31,19 @@ class KVCache:
         dtype = torch.float32 if weight.device.type == 'cpu' else compute_dtype(weight)
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        self.step = None
+
+    def read(self, model, ids):
+        """Reads further tokens (B, T) of all rows, which hold equally many; returns the logits (B, n_logits) of the next."""
+        T, held = ids.size(1), int(self.lengths[0])
+        if T == 1 and self.step is None and ids.device.type in RECORDED and self.k.size(3) - held >= RECORDED_FROM:
+            self.step = Step(model, self)
+        if T == 1 and self.step is not None:
+            logits = self.step(ids, held)
+        else:
+            logits = model.head(model.trunk(ids, self.begin(T))[:, -1])
+        self.keep(T)
+        return logits
 
     def begin(self, T, rows=None, visible=None, offsets=None):
         """
@@ -83,3 +101,62 @@ class KVCache:
         """The first `count` positions of the last pass stay: a number, or one for each row of the pass (B,)."""
         rows = slice(None) if self.rows is None else self.rows
         self.lengths[rows] += count
+
+
+class NextToken(KVCache):
+    """A pass over one token of each row, whose place is a number on the device: the same work on the same memory, however
+    many positions are held."""
+
+    def __init__(self, cache, place):
+        """place (1,): how many positions each row of the cache holds."""
+        self.k, self.v, self.end = cache.k, cache.v, cache.k.size(3)
+        self.T, self.rows, self.start, self.reach = 1, None, None, self.end
+        self.positions = self.slots = place[None]  # (1, 1)
+        self.mask = (torch.arange(self.end, device=place.device) <= place)[None, None, None]  # (1, 1, 1, end)
+
+
+class Step:
+    """
+    A step of generation that is the same work on the same memory each time. On a GPU it is recorded as a CUDA graph, which
+    starts hundreds of short operations at once; one by one they take longer to start than to run.
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache, device = model, cache, cache.k.device
+        self.ids = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.repeat = None
+
+    def __call__(self, ids, held):
+        """ids (B, 1), the next token of each row, which holds so many -> logits (B, n_logits)."""
+        self.ids.copy_(ids)
+        self.place.fill_(held)
+        if self.repeat is None:
+            self.repeat = recorded(self.compute) if ids.device.type == 'cuda' else self.compute
+        self.repeat()
+        return self.logits.clone()  # the next step overwrites them
+
+    def compute(self):
+        kind = self.ids.device.type
+        # a cached copy of a weight in 16 bits would be freed while the graph still reads it
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            self.logits = self.model.head(self.model.trunk(self.ids, NextToken(self.cache, self.place))[:, -1])
+
+
+def recorded(function):
+    """A function that repeats on the GPU what this one, which may not wait for the GPU, does there; where a driver cannot
+    record it, the function."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries allocate and choose at first
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            function()
+    except RuntimeError as e:
+        print(f'warning: CUDA graphs do not work here, going on without them ({str(e).splitlines()[0]})', file=sys.stderr)
+        return function
+    return graph.replay

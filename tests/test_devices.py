@@ -14,7 +14,7 @@ from test_machine import finish
 from test_train import metrics
 
 import train
-from nanodrift import drafting
+from nanodrift import drafting, kv_cache
 from nanodrift.machine import Ranks
 from nanodrift.refinement import ORDERS, REMASKS, RefineConfig
 
@@ -102,6 +102,11 @@ def write(trainer, mode, ways):
         elif way in ('ngram', 'own'):
             for _ in drafting.generate(model, prompt, 6, 2, seed=1, top_k=5, own=way == 'own'):
                 pass
+        elif way == 'recorded':
+            kv_cache.RECORDED, kv_cache.RECORDED_FROM, waits = (second_device.SECOND,), 8, mode.waits.total()
+            for _ in model.generate(prompt, 12, seed=1):
+                pass
+            assert mode.waits.total() == waits
         else:
             more = c.block_size if way == 'past the window' else 5
             ids = torch.stack(list(model.generate(prompt, more, top_k=9, top_p=0.9, seed=1, use_cache=way != 'no cache')))
@@ -120,7 +125,7 @@ def refined(model, strategy, remask):
     assert last.ids.device.type == second_device.SECOND
 
 
-CAUSAL = ('cache', 'no cache', 'past the window', 'ngram')
+CAUSAL = ('cache', 'no cache', 'past the window', 'ngram', 'recorded')
 
 
 @every_way

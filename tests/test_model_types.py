@@ -13,6 +13,7 @@ from test_rotary import rotate_in_a_loop
 
 import train
 from model import GPT, TYPES, GPTConfig
+from nanodrift import kv_cache
 from nanodrift.kernels import score_pieces
 from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError
@@ -212,6 +213,23 @@ def test_rows_of_a_cache_may_hold_different_numbers_of_positions(variant):
         cache.keep(torch.tensor(kept))
     logits = model.head(model.trunk(idx[[2, 0], 11:13], cache.begin(2, rows=torch.tensor([2, 0]))))  # 11 and 12 are held
     assert_close(logits[0], whole[2, 11:13], 1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_step_that_is_the_same_work_each_time_gives_the_logits_of_the_cache(monkeypatch, variant, dtype):
+    """What a GPU records."""
+    model, idx, found = make(spread=0.3, **VARIANTS[variant]), tokens(3, 32), []
+    monkeypatch.setattr(kv_cache, 'RECORDED_FROM', 20)
+    for devices in ((), ('cpu',)):
+        monkeypatch.setattr(kv_cache, 'RECORDED', devices)
+        cache = KVCache(model, 3, 32)
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            parts = [cache.read(model, part) for part in (idx[:, :5], *idx[:, 5:].split(1, dim=1))]
+        found.append(torch.stack(parts).float())
+        assert (cache.step is None) == (not devices)
+    assert_close(found[1], found[0], 1e-5 if dtype == torch.float32 else 0.05)
 
 
 @every_variant
