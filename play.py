@@ -41,8 +41,8 @@ from sample import ONE_STEP, SampleConfig, generate_at_once, open_model, unread
 
 GRADIO = 'gradio==6.31.0'
 CONTINUE, GAPS, REPAIR = TASKS = 'continue', 'fill gaps', 'repair'
-LIKELIEST = 5  # tokens that are told beside the drawn one
-SECONDS_PER_UPDATE = 0.1  # of the page, at least
+MOST_PROBABLE = 5  # tokens that are shown together with the drawn one
+SECONDS_PER_UPDATE = 0.1  # at least, between two updates of the page
 MOST_CELLS = 300_000  # steps x positions of a refinement that a browser plays without effort
 
 
@@ -63,11 +63,11 @@ class PlayConfig:
 
 
 class Token(NamedTuple):
-    """A token on the page: p is its probability, None where nothing is coloured; kind: fixed, open or revised, or ''."""
+    """A token on the page. p: probability or confidence, None for no colour; css: 'fixed', 'open', 'open revised' or ''."""
     text: str
     p: float | None = None
     tip: str = ''
-    kind: str = ''
+    css: str = ''
 
 
 @dataclass
@@ -90,13 +90,13 @@ class Side:
     def __init__(self, name, config, device):
         self.model, self.tokenizer = open_model(name, config.ckpt, device)
         self.dtype = pick_dtype(config.dtype, device)
-        kind = self.model.config.model_type
-        self.name, self.title = name, f'{name}: {kind}, {self.model.num_params():,} parameters'
-        self.write, self.settings = WAYS.get(kind, LEFT_TO_RIGHT)
+        model_type = self.model.config.model_type
+        self.name, self.title = name, f'{name}: {model_type}, {self.model.num_params():,} parameters'
+        self.write, self.settings = WAYS.get(model_type, LEFT_TO_RIGHT)
 
     def computed(self, steps, answer):
-        """What the iterator `steps` yields; its seconds are the answer's. The page asks for each from another thread, and
-        autocast holds for one thread."""
+        """Yields from `steps`, and adds the seconds to the answer. Autocast holds for one thread, and the page may ask for
+        each step from another, so each step sets it."""
         while True:
             started = time.perf_counter()
             with autocast(self.model.device, self.dtype):
@@ -125,7 +125,7 @@ def write_left_to_right(side, task, text, values, answer):
     tokenizer, decoder = side.tokenizer, codecs.getincrementaldecoder('utf-8')('replace')
     prompt = encode_prompt(tokenizer, text) or [tokenizer.eot]
     answer.notes.append(unread(prompt, side.model.config))
-    answer.tokens.append(Token(text, kind='fixed'))
+    answer.tokens.append(Token(text, css='fixed'))
     steps = side.model.generate(torch.tensor([prompt], device=side.model.device), config.max_new_tokens, config.temperature,
                                 config.top_k or None, config.top_p, config.seed, return_logits=True)
     learned = ((int(column), logits[0].float().softmax(-1).cpu()) for column, logits in steps)
@@ -133,10 +133,10 @@ def write_left_to_right(side, task, text, values, answer):
         answer.passes += 1
         if i == tokenizer.eot and not config.ignore_eot:
             break
-        likeliest = probs.topk(min(LIKELIEST, len(probs))).indices.tolist()
-        numbers = [f'{quoted(tokenizer, j)} {float(probs[j]):.3f}' for j in (i, *likeliest)]
+        best = probs.topk(min(MOST_PROBABLE, len(probs))).indices.tolist()
+        numbers = [f'{quoted(tokenizer, j)} {float(probs[j]):.3f}' for j in (i, *best)]
         answer.tokens.append(Token(decoder.decode(tokenizer.decode_bytes([i])), float(probs[i]),
-                                   f'{numbers[0]}\nlikeliest: {", ".join(numbers[1:])}'))
+                                   f'{numbers[0]}\nmost probable: {", ".join(numbers[1:])}'))
         answer.count += 1
         yield
     answer.tokens.append(Token(decoder.decode(b'', final=True)))
@@ -149,7 +149,7 @@ def write_at_once(side, task, text, values, answer):
     sample = (generate_at_once(side.model, prompt, 1, config, derive_seed(config.seed, 0)) for _ in range(1))
     (ids,), = side.computed(sample, answer)
     answer.passes, answer.count = 1, len(ids)
-    answer.tokens = [Token(text, kind='fixed'), Token(side.tokenizer.decode(ids.tolist()))]
+    answer.tokens = [Token(text, css='fixed'), Token(side.tokenizer.decode(ids.tolist()))]
     yield
 
 
@@ -190,13 +190,13 @@ def write_by_refinement(side, task, text, values, answer):
 
 
 def shown(first, step, tokenizer, mask):
-    """The Tokens of a Step; what is open in the `first` one was not given."""
+    """The Tokens of a Step; positions that are open in the `first` one are new."""
     recording, tokens = player.Recording.of((first, step), tokenizer, mask), []
     for i, (text, confidence, revised), fixed in zip(step.ids[0].tolist(), recording.frames[-1], recording.fixed):
         if fixed:
-            tokens.append(Token(text, kind='fixed'))
+            tokens.append(Token(text, css='fixed'))
         elif text is None:
-            tokens.append(Token(player.OPEN, kind='open revised' if revised else 'open'))
+            tokens.append(Token(player.OPEN, css='open revised' if revised else 'open'))
         else:
             tokens.append(Token(text, confidence, f'{quoted(tokenizer, i)} {confidence:.3f} when committed'))
     return tokens
@@ -216,7 +216,6 @@ def repair(side, text, refine_config, values, answer):
 
 
 def of(cls, *names):
-    """The fields of these names of a dataclass of options."""
     return [f for f in fields(cls) if f.name in names]
 
 
@@ -245,7 +244,7 @@ def answers(sides, task, text, seed, settings):
 
 
 def now_and_then(updates):
-    """Of (number, Answer) the first and the last of each side, and of the others as many as a browser can follow."""
+    """Passes on the first and the last update of each side, and others at most every SECONDS_PER_UPDATE."""
     before = 0
     for number, answer in updates:
         if answer.finished or not answer.passes or time.monotonic() - before > SECONDS_PER_UPDATE:
@@ -265,7 +264,7 @@ def render(template, title, answer):
     """HTML of an Answer, all text in it escaped."""
     page = player.page(answer.recording) if answer.recording else ''
     text = template.render(title=title, answer=answer, page=page)
-    return text.encode('utf-8', errors='replace').decode('utf-8')  # the parts of a pair that stands for one character
+    return text.encode('utf-8', errors='replace').decode('utf-8')  # a lone surrogate becomes a question mark
 
 
 def import_gradio():
@@ -277,7 +276,7 @@ def import_gradio():
 
 
 def control(gradio, f, defaults):
-    """A control of the page for an option; defaults: {name: value} of those that are others here."""
+    """A control of the page for an option; defaults: {name: value} of those that differ from the option's own."""
     words = dict(value=defaults.get(f.name, f.default), label=f.name, info=f.metadata['help'], min_width=200)
     if f.type is bool:
         return gradio.Checkbox(**words)
@@ -329,7 +328,7 @@ def main(argv):
     except OSError as e:
         if 'port' not in str(e):
             raise
-        raise UserError(f'port={config.port} is taken, or not for you: choose another --port') from None
+        raise UserError(f'port={config.port} is taken or not allowed: choose another --port') from None
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@ The tasks of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness)
 `evaluate.py --tasks=...`. The package lm_eval is optional; this file alone imports it.
 
 Causal types answer with log-likelihoods, cut and windowed as the harness does for models of transformers. Diffusion answers
-with a lower bound of the log-likelihood, which is minus `objectives.conditional_bound`; other types have neither.
+with a lower bound of the log-likelihood, which is minus `objectives.conditional_bound`; `evaluate.py` refuses other types.
 """
 import os
 
@@ -29,7 +29,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, model, tokenizer, dtype='float32', batch_size=8, draws=32, seed=1337):
         super().__init__()
         self.model, self.own_tokenizer, self.dtype = model, tokenizer, dtype  # `tokenizer` would be one of transformers
-        self.rows, self.draws, self.seed = batch_size, draws, seed
+        self.batch_size, self.draws, self.seed = batch_size, draws, seed
         self.max_length = model.objective.window(model.config.block_size) - 1  # tokens that can follow one that is given
 
     @property
@@ -37,13 +37,13 @@ class HarnessModel(TemplateLM):
         return self.own_tokenizer.eot
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """-> ids. TemplateLM calls this, and moves spaces at the end of a context to the continuation before."""
+        """-> ids. TemplateLM calls this, and moves spaces at the end of a context to the continuation first."""
         return encode_prompt(self.own_tokenizer, string)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """(strings, context ids, continuation ids) of each request -> its log-likelihood, or bound, and whether the
-        continuation is what the model itself writes. Contexts are cut on the left; none is end-of-text."""
+        continuation is what the model itself writes. Contexts are cut on the left; an empty one is end-of-text."""
         pairs = []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -57,12 +57,12 @@ class HarnessModel(TemplateLM):
             return [self.bound(*pair) if pair[1] else (0.0, True) for pair in pairs]
 
     def likelihoods(self, pairs):
-        """Of a causal model, in batches of similar length."""
+        """Log-likelihoods by a causal model, in batches of similar length."""
         results, order = [None] * len(pairs), sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        for start in range(0, len(order), self.rows):
-            batch = order[start:start + self.rows]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start:start + self.batch_size]
             rows = [torch.tensor(pairs[i][0] + pairs[i][1], device=self.model.device) for i in batch]
-            X = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, :-1]  # no position sees the padding behind it
+            X = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, :-1]  # no position sees the padding after it
             ends, counts = [len(row) for row in rows], [len(pairs[i][1]) for i in batch]
             x = torch.cat([states[end - n - 1:end - 1] for states, end, n in zip(self.model.trunk(X), ends, counts)])
             Y = torch.cat([row[len(row) - n:] for row, n in zip(rows, counts)])
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def bound(self, context, continuation):
-        """Of a diffusion model. What it writes itself: the argmax of the most confident position, one after the other."""
+        """A diffusion model's bound. What it writes itself: each time the argmax of the most confident position."""
         rng = torch.Generator().manual_seed(derive_seed(self.seed, Stream.EVAL_BATCH, *context, *continuation))
         given, target = torch.tensor(context), torch.tensor(continuation)
         nats = conditional_bound(self.model, given, target, self.draws, rng)
@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):
         return -float(nats.mean()), all(bool(((ids == target) | (ids == mask)).all()) for ids in filled)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """The sum over a text's windows, each token predicted once, after end-of-text or what comes before it."""
+        """The sum over a text's windows, each token predicted once, given end-of-text or the tokens before it."""
         windows = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
             self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1)] for request in requests]
         answers = iter(self._loglikelihood_tokens([window for text in windows for window in text]))
@@ -96,13 +96,14 @@ class HarnessModel(TemplateLM):
         return [self.generate(*request.args) for request in requests]
 
     def generate(self, context, settings):
-        how = normalize_gen_kwargs(settings, 256)
-        stops, count = [stop for stop in how['until'] if stop], how['max_gen_toks']
+        settings = normalize_gen_kwargs(settings, 256)
+        stops, count = [stop for stop in settings['until'] if stop], settings['max_gen_toks']
         ids, block_size = self.tok_encode(context) or [self.eot_token_id], self.model.config.block_size
         room = block_size - count  # as the harness cuts; where nothing would be left, the window slides instead
         idx = torch.tensor([ids[-(room if room > 0 else block_size):]], device=self.model.device)
         new, text, seed = [], '', derive_seed(self.seed, Stream.SAMPLES, *ids)
-        draw = dict(temperature=how.get('temperature', 0.0), top_k=how.get('top_k'), top_p=how.get('top_p'), seed=seed)
+        draw = dict(temperature=settings.get('temperature', 0.0), top_k=settings.get('top_k'), top_p=settings.get('top_p'),
+                    seed=seed)
         with autocast(self.model.device, self.dtype):
             for column in self.model.generate(idx, count, **draw):
                 if int(column) == self.eot_token_id:
@@ -127,7 +128,7 @@ class Tasks(TaskManager):
     def load(self, names):
         try:
             return super().load(names)
-        except Exception as e:  # of any kind: no such task, a YAML file that is none, data that cannot be downloaded
+        except Exception as e:  # of any kind: no such task, an invalid YAML file, data that cannot be downloaded
             reason = ' '.join(f'{type(e).__name__}: {e}'.split())
             raise UserError(f'tasks={",".join(names)} cannot be loaded: {reason}') from None
 

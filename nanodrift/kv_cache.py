@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from nanodrift.machine import compute_dtype
 
-RECORDED = ('cuda',)  # on these devices a step is recorded once and repeated; for this many tokens it pays
-RECORDED_FROM = 16
+RECORDED = ('cuda',)  # on these devices a step is recorded once and repeated
+RECORDED_FROM = 16  # tokens to go, from which on that pays
 
 
 class KVCache:
@@ -20,14 +20,14 @@ class KVCache:
     Keys and values of the positions seen so far, for every layer: two tensors (L, B, H, T_max, D), written in place.
 
     Each row holds `lengths` positions, an int64 tensor (B,) on the CPU. A pass is prepared by `begin`, writes its T
-    positions behind those, and `keep` says how many of them stay; the next pass overwrites the others.
+    positions after those, and `keep` says how many of them stay; the next pass overwrites the others.
     """
-    static = False  # every pass has another shape, for which blocks would be compiled again
+    static = False  # passes differ in shape, for each of which blocks would be compiled again
 
     def __init__(self, model, batch_size, max_len):
         c, weight = model.config, model.lm_head.weight
         shape = (2, c.n_layer, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
-        # on CPUs, fused attention with few queries is three to six times as fast in float32 as in bfloat16
+        # on CPUs, fused attention with one query is faster in float32 than in bfloat16 (LOG.md)
         dtype = torch.float32 if weight.device.type == 'cpu' else compute_dtype(weight)
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
@@ -50,8 +50,8 @@ class KVCache:
         Prepares a pass over T further positions of each row, or of these rows (n,) alone; returns the cache, which then has
         `positions` (1 or B, T), their places in the text.
 
-        visible (1 or B, T, T), bool: which of the new positions each of them sees, with all that is held; None is those up
-        to itself. offsets (T,): how far behind the held ones the new positions stand in the text, 0 to T-1 unless given.
+        visible (1 or B, T, T), bool: which new positions each one sees, besides all held ones; None: those up to itself.
+        offsets (T,): how many positions of the text are between the last held one and each new one, 0 to T-1 unless given.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
         first, last = int(lengths.min()), int(lengths.max())
@@ -66,15 +66,15 @@ class KVCache:
         if visible is not None:
             self.mask = self._mask(lengths, visible)
         elif first < last or T > 1 and last > 0:
-            # (1 or B, 1, T, end): a position sees the places up to its own; behind these are leftovers
+            # (1 or B, 1, T, end): a position sees the slots up to its own; after these is stale data
             self.mask = (torch.arange(self.end, device=device) <= self.slots[..., None])[:, None]
         return self
 
     def _mask(self, lengths, visible):
         """(1 or B, 1, T, end): whether a new position sees what is stored at a place, for lengths (1 or B, 1)."""
-        place = torch.arange(self.end, device=lengths.device) - lengths  # below 0: held; then the new ones; then leftovers
+        place = torch.arange(self.end, device=lengths.device) - lengths  # below 0: held; then the new ones; then stale data
         B, T = max(len(place), len(visible)), self.T
-        new = F.pad(visible, (0, 1)).expand(B, T, T + 1)  # the column that is added stands for leftovers
+        new = F.pad(visible, (0, 1)).expand(B, T, T + 1)  # the column that is added stands for stale data
         index = place.clamp(0, T)[:, None].expand(B, T, self.end)
         return ((place < 0)[:, None] | new.gather(2, index))[:, None]
 
@@ -93,7 +93,7 @@ class KVCache:
     def attend(self, sdpa, layer, q, k, v):
         """q, k, v (B, H, T, D) -> (B, H, T, D)."""
         k, v = self.append(layer, k, v)
-        with torch.autocast(k.device.type, enabled=False):  # which would copy all that is held into 16 bits
+        with torch.autocast(k.device.type, enabled=False):  # autocast would copy the whole cache into 16 bits
             # a single query sees all that is held, and the first pass fills an empty cache in causal order
             return sdpa(q.to(k.dtype), k, v, attn_mask=self.mask, is_causal=self.mask is None and self.T > 1).to(q.dtype)
 
@@ -137,15 +137,15 @@ class Step:
         return self.logits.clone()  # the next step overwrites them
 
     def compute(self):
-        kind = self.ids.device.type
+        device_type = self.ids.device.type
         # a cached copy of a weight in 16 bits would be freed while the graph still reads it
-        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+        with torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
+                            cache_enabled=False):
             self.logits = self.model.head(self.model.trunk(self.ids, NextToken(self.cache, self.place))[:, -1])
 
 
 def recorded(function):
-    """A function that repeats on the GPU what this one, which may not wait for the GPU, does there; where a driver cannot
-    record it, the function."""
+    """`function` recorded as a CUDA graph, or `function` itself if recording fails. It must not wait for the GPU."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

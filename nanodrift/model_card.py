@@ -25,8 +25,8 @@ tags: {tags}
 
 # {title}
 
-A `{kind}` model, trained and exported with nanoDrift. No license is claimed here: whoever publishes it has to name those of
-the weights and of the text that they learned from.
+A `{model_type}` model, exported with nanoDrift. No license is claimed here: before publishing, name the licenses of the
+weights and of their training text.
 
 | | |
 | --- | --- |
@@ -58,9 +58,9 @@ print(tokenizer.decode(model.generate(**start, max_new_tokens={count}, do_sample
 or, where nanoDrift is,'''
 
 
-def writing_command(kind, folder):
+def writing_command(model_type, folder):
     """The words of the command that writes text with an exported model of this type."""
-    script, key = ('generate_diffusion.py', 'out_dir') if kind == 'diffusion' else ('sample.py', 'init_from')
+    script, key = ('generate_diffusion.py', 'out_dir') if model_type == 'diffusion' else ('sample.py', 'init_from')
     return ['python', script, f'--{key}=hf:{folder}']
 
 
@@ -70,7 +70,7 @@ def code(value):
 
 
 def model_card(state, c, model, folder):
-    """The text of the card: of a checkpoint, its GPTConfig, the model in it and the folder that it goes to."""
+    """The card's text, from a checkpoint, its GPTConfig, its model and the new folder."""
     name = os.path.basename(os.path.abspath(folder))
     gpt2, run = c.model_type == 'gpt2', state.get('config') or {}
     parameters = count_parameters(model, c)
@@ -79,10 +79,10 @@ def model_card(state, c, model, folder):
     data = os.path.join('data', os.path.basename(os.path.normpath(run.get('dataset') or 'NAME')))
     commands = [writing_command(c.model_type, name), ['python', 'evaluate.py', f'--out_dir=hf:{name}', f'--data={data}']]
     text = CARD.format(
-        library='transformers' if gpt2 else 'nanodrift', kind=c.model_type, tags=json.dumps(['nanodrift', c.model_type]),
-        title=code(name)[1:-1], facts='\n'.join(f'| {fact} | {value} |' for fact, value in facts.items()),
+        library='transformers' if gpt2 else 'nanodrift', model_type=c.model_type, title=code(name)[1:-1],
+        tags=json.dumps(['nanodrift', c.model_type]), commands='\n'.join(map(shlex.join, commands)),
+        facts='\n'.join(f'| {fact} | {value} |' for fact, value in facts.items()),
         transformers=TRANSFORMERS.format(name=name, count=min(50, c.block_size)) if gpt2 else ', where nanoDrift is:',
-        commands='\n'.join(map(shlex.join, commands)),
         limits='\n'.join(f'- {limit}' for limit in limits(state, c, parameters)))
     return text.encode('utf-8', errors='replace').decode('utf-8')  # names of folders may be no Unicode
 
@@ -101,30 +101,30 @@ def model_facts(c):
 
 def data_facts(state, run):
     """The data set, and its sizes where the very text that the model learned from is still there."""
-    found = {'tokenizer': f'{code(state["tokenizer"]["name"])}, identity {code(state["tokenizer"]["identity"])}'}
+    facts = {'tokenizer': f'{code(state["tokenizer"]["name"])}, identity {code(state["tokenizer"]["identity"])}'}
     if 'dataset' not in run:
-        return found
-    found['data set'] = code(run['dataset'])
+        return facts
+    facts['data set'] = code(run['dataset'])
     try:
         splits = load_meta(os.path.join(run.get('data_dir', ''), run['dataset']))['splits']
     except UserError:
-        return found
+        return facts
     if state.get('data') == {split: counts.get('text_sha256') for split, counts in splits.items()}:
-        found['data set'] += f': {splits["train"]["tokens"]:,} tokens, and {splits["val"]["tokens"]:,} for validation'
-    return found
+        facts['data set'] += f': {splits["train"]["tokens"]:,} tokens, and {splits["val"]["tokens"]:,} for validation'
+    return facts
 
 
 def training_facts(state, c, run, val_metric):
-    found, best = {}, state.get('best_val_loss', math.inf)
+    facts, best = {}, state.get('best_val_loss', math.inf)
     if 'batch_size' in run:
         batch = run['batch_size'] * run['gradient_accumulation_steps']
         seen = state.get('examples_seen', state['iter_num'] * batch) * c.block_size
-        found['training'] = f'{seen:,} tokens, {state["iter_num"]:,} iterations'
-        found['settings of the training'] = ', '.join(code(f'{key}={run[key]}') for key in TRAINING if key in run)
+        facts['training'] = f'{seen:,} tokens, {state["iter_num"]:,} iterations'
+        facts['settings of the training'] = ', '.join(code(f'{key}={run[key]}') for key in TRAINING if key in run)
     if math.isfinite(best):
         figure, unit = FIGURES.get(val_metric, (f'validation {val_metric}', 'smaller is better'))
-        found[figure] = f'{best:.4f} ({unit}), the best of this run'
-    return found
+        facts[figure] = f'{best:.4f} ({unit}), the best of this run'
+    return facts
 
 
 def origin(state):
@@ -137,7 +137,7 @@ def origin(state):
 def limits(state, c, parameters):
     """A sentence or two about each thing that a reader must not expect."""
     yield (f'It is small, {parameters:,} parameters, and continues text like that which it learned from. It follows no '
-           'instructions, and nobody has tested what it says for truth, bias or harm.')
+           'instructions, and was not tested here for truth, bias or harm.')
     if c.model_type != 'gpt2':
         yield 'transformers does not know this type; nanoDrift loads it.'
     if c.model_type == 'drifting':
@@ -145,15 +145,15 @@ def limits(state, c, parameters):
         prompts = f'a prompt of at most {c.drift_prefix} tokens is part of it' if c.drift_prefix else 'it takes no prompt'
         yield f'A sample has at most {c.block_size} tokens (`block_size`), written in one pass; {prompts}.'
     elif c.model_type == 'diffusion':
-        yield ('It has no exact likelihood: every loss and every perplexity is an upper bound, which cannot be held against '
-               'the exact ones of other models.')
+        yield ('It has no exact likelihood: every loss and every perplexity is an upper bound, not to be compared '
+               'with exact ones.')
         yield (f'It sees the last {c.block_size} tokens (`block_size`) and fills {c.diffusion_block} at a time.'
                if c.diffusion_block else
                f'Given and new text together have at most {c.block_size} tokens (`block_size`).')
     else:
         yield f'It sees the last {c.block_size} tokens (`block_size`) and nothing before them.'
     if not c.causal and c.model_type == 'heat':
-        yield 'It sees the future where it is trained and measured (`published=True`): its loss is no likelihood.'
+        yield 'It sees the future in training and evaluation (`published=True`): its loss is no likelihood.'
     if (state.get('experiment') or {}).get('published'):
         yield 'It learned the token after the next one, as published.'
     if c.model_type == 'gpt2' and c.has_drafts:

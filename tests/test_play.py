@@ -73,10 +73,10 @@ def test_a_token_has_the_probability_that_the_model_gives_it(ask, runs):
     answer, = ask('gpt2', CONTINUE, 'abc', max_new_tokens=1, top_k=1)
     model, tokenizer = sample.open_model(runs['gpt2'], 'best', 'cpu')
     probs = model(torch.tensor([tokenizer.encode('abc')]))[0][0, -1].detach().softmax(-1)
-    best = probs.topk(play.LIKELIEST).indices.tolist()
-    assert answer.tokens[0] == Token('abc', kind='fixed') and answer.tokens[1].p == pytest.approx(float(probs.max()))
+    best = probs.topk(play.MOST_PROBABLE).indices.tolist()
+    assert answer.tokens[0] == Token('abc', css='fixed') and answer.tokens[1].p == pytest.approx(float(probs.max()))
     told = [f'{play.quoted(tokenizer, i)} {float(probs[i]):.3f}' for i in best]
-    assert answer.tokens[1].tip == f'{told[0]}\nlikeliest: {", ".join(told)}'
+    assert answer.tokens[1].tip == f'{told[0]}\nmost probable: {", ".join(told)}'
 
 
 @pytest.mark.parametrize('name', ['repair', 'blocks'])
@@ -94,8 +94,8 @@ def test_the_canvas_on_the_way_shows_what_is_given_committed_and_open():
         return Step(torch.tensor([ids]), confidence, torch.tensor([revised]), torch.tensor([1]))
     first, now = step([97, 257, 257, 257], [False] * 4), step([97, 98, 257, 257], [False, False, False, True])
     assert play.shown(first, now, ByteTokenizer(), 257) == [
-        Token('a', kind='fixed'), Token('b', 0.25, "'b' 0.250 when committed"), Token('·', kind='open'),
-        Token('·', kind='open revised')]
+        Token('a', css='fixed'), Token('b', 0.25, "'b' 0.250 when committed"), Token('·', css='open'),
+        Token('·', css='open revised')]
 
 
 def test_a_repair_has_a_diff(ask, monkeypatch):
@@ -174,7 +174,7 @@ class Reader(HTMLParser):
 
 def test_text_never_becomes_part_of_the_page():
     recording = player.Recording(fixed=[False], passes=[1], frames=[[(HOSTILE, 1.0, False)]])
-    answer = Answer([Token(HOSTILE, 0.5, HOSTILE), Token(HOSTILE, kind='fixed')], recording,
+    answer = Answer([Token(HOSTILE, 0.5, HOSTILE), Token(HOSTILE, css='fixed')], recording,
                     [(kind, HOSTILE, HOSTILE) for kind in ('kept', 'same', 'new')], [HOSTILE], HOSTILE, passes=1)
     read = Reader(rendered(answer, title=HOSTILE))
     assert set(read.names) == {'style', 'div', 'h2', 'iframe', 'span', 'p', 'del', 'ins', 'mark'}
@@ -289,7 +289,7 @@ def test_the_page_in_a_real_browser(address, browser):
     token = find('.answer .text [data-tip]')[0]
     browser.execute_script('arguments[0].focus()', token)
     told = browser.execute_script('return getComputedStyle(arguments[0], "::after").content', token)
-    assert 'likeliest: ' in told
+    assert 'most probable: ' in told
     browser.switch_to.frame(find('.answer iframe')[0])
     until(lambda: re.search(r'step (\d+) of \1, \d+ forward passes', find('#now')[0].text), 30)
     find('#canvas span')[len(hostile)].click()
