@@ -9,8 +9,12 @@ Trains model types on one data set under one budget, several seeds of each, eval
 Everything is a command of train.py, printed before it runs; what is finished is not run again, what was cut short is
 resumed, so that a comparison that was killed goes on where it stopped. In out_dir: report.html, one page with nothing loaded
 from elsewhere; results.json; runs/, a folder for each.
+
+With --tune=N the learning rate of each variant is chosen first, on validation text: of N rates around the recipe's, the one
+whose run over a quarter of the budget ends with the lowest val_loss.
 """
 import json
+import math
 import os
 import shlex
 import shutil
@@ -34,6 +38,8 @@ from train import TrainConfig, read_settings
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
 HELPER_SEEDS = {JUDGE: 1000, ENCODER: 1001}  # which no other run has: a twin's judgement would be worth nothing
+TUNING_SEED = 1002  # of all tries of learning rates: the seeds that are compared played no part in the choice
+TUNING_SHARE = 4  # a try has this part of the budget: a quarter
 TRIAL = 15  # iterations that tell how fast a variant is, for a budget in seconds
 EVALUATIONS = 10  # of each run, at least: the points of its curve
 VARIANTS = variants_of(TYPES)
@@ -49,6 +55,9 @@ class CompareConfig:
     seeds: str = option('1,2,3', 'a run of each variant for each seed', items=int, at_least=0)
     tokens: float = option(2e6, 'tokens of text that each run trains on', at_least=0)
     seconds: float = option(0.0, 'seconds of training for each run, in place of tokens', at_least=0)
+    tune: int = option(0, 'learning rates that are tried for each variant, each on a quarter of the budget: those of the '
+                       'recipe, halved and doubled (3 are half, one and twice); 0 takes those of the recipe', at_least=0,
+                       at_most=15)
     dataset: str = option('python_bpe1024', 'data set, a folder below data_dir made by prepare.py')
     data_dir: str = option('data', 'where the data sets are')
     recipe: str = option('config/compare/gpt2.py', 'config file of train.py that all variants share')
@@ -65,9 +74,12 @@ class CompareConfig:
         for key, values in (('variants', self.names), ('seeds', self.numbers)):
             if len(set(values)) < len(values):
                 raise UserError(f'{key}={getattr(self, key)}: one is named twice')
-        taken = [f'{seed} is that of the {name}' for name, seed in HELPER_SEEDS.items() if seed in self.numbers]
+        others = HELPER_SEEDS | ({'tries': TUNING_SEED} if self.tune else {})
+        taken = [f'{seed} is that of the {name}' for name, seed in others.items() if seed in self.numbers]
         if taken:
             raise UserError(f'seeds={self.seeds}: {" and ".join(taken)}; name others')
+        if self.tune == 1:
+            raise UserError('tune=1: one try tunes nothing; --tune=3 tries half, one and twice the rate, --tune=0 none')
         if not self.tokens and not self.seconds:
             raise UserError(f'tokens={self.tokens} and seconds={self.seconds}: one of them must be above 0')
         if self.samples and self.samples < 2 * FOLDS:
@@ -120,6 +132,15 @@ class Planned:
     def tokens_per_iter(self):
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
 
+    @property
+    def helps(self):
+        """Whether this is the judge or the encoder, which are not compared."""
+        return self.name in HELPER_SEEDS
+
+    def arguments(self, max_iters):
+        """All arguments of train.py."""
+        return [*self.words, *self.length(max_iters)]
+
     def length(self, max_iters):
         """Arguments for a run of max_iters iterations. Warmup is kept, but at most a tenth of the run. eval_iters is limited
         so that evaluation takes no longer than training: a batch of evaluation costs about a third of a training batch, and
@@ -170,6 +191,8 @@ def plan(config):
         if not config.seconds and config.tokens < run_.tokens_per_iter / 2:
             raise UserError(f'tokens={config.tokens:g} are less than one iteration of {run_.name}: '
                             f'--tokens={run_.tokens_per_iter} at least')
+        if config.tune and not run_.helps and not run_.config.learning_rate:
+            raise UserError(f'tune={config.tune}: {run_.name} has learning_rate=0, which has no half and no double')
     if config.samples:
         wanted = evaluate.EvalConfig(num_samples=config.samples, length=config.length)
         try:
@@ -183,8 +206,9 @@ def needs_encoder(name):
     return VARIANTS[name].get('model_type') == 'drifting'
 
 
-def plan_one(config, name, variant, seed, folder):
-    """A Planned run. If a recipe for all types sets options of one type, those of the variant replace them."""
+def plan_one(config, name, variant, seed, folder, factor=None):
+    """A Planned run, at `factor` times the learning rate of its recipe where one is given. If a recipe for all types sets
+    options of one type, those of the variant replace them."""
     changes = VARIANTS[variant]
     kind = changes.get('model_type', 'gpt2')
     own = kind in ('diffusion', 'drifting') and config.recipe == CompareConfig.recipe  # these two have a recipe of their own
@@ -199,6 +223,9 @@ def plan_one(config, name, variant, seed, folder):
         plain |= {key: 0 for key in ('dropout', 'n_inner') if values.get(key)}  # which have no meaning there
     flags = plain | changes | {'dataset': config.dataset, 'data_dir': config.data_dir, 'device': config.device,
                                'seed': seed, 'out_dir': os.path.join(config.runs, folder)}
+    if factor is not None:  # min_lr is an absolute rate: it keeps its share, and the schedule its shape
+        rates = {key: (values | changes).get(key, getattr(TrainConfig, key)) for key in ('learning_rate', 'min_lr')}
+        flags |= {key: factor * rate for key, rate in rates.items() if rate}
     words = [recipe] + [f'--{key}={value}' for key, value in flags.items()]
     train_config, model_config, _ = read_settings(words)
     return Planned(name, variant, flags['out_dir'], words, train_config, model_config)
@@ -222,17 +249,25 @@ def finished(folder, state, max_iters):
     return state['evaluated_iter'] == max_iters or bool(losses) and losses[-1] >= state['best_val_loss']
 
 
+def differing(had, words):
+    """What differs between the settings of a run and those of the run that these words start: 'key=value, not value'."""
+    wanted = {key: value for settings in read_settings(words)[:2] for key, value in asdict(settings).items()}
+    had = had | {'data_dir': os.path.abspath(had['data_dir'])}
+    wanted['data_dir'] = os.path.abspath(wanted['data_dir'])
+    return [f'{key}={had[key]}, not {value}' for key, value in wanted.items()
+            if key not in MAY_DIFFER and had.get(key, value) != value]
+
+
 def check_same_settings(folder, state, words):
     """Raises UserError where the checkpoint in a folder, which may be None, is not of the run that these words start."""
-    if state is None:
-        return
-    wanted = {key: value for settings in read_settings(words)[:2] for key, value in asdict(settings).items()}
-    had = state['config'] | {'data_dir': os.path.abspath(state['config']['data_dir'])}
-    wanted['data_dir'] = os.path.abspath(wanted['data_dir'])
-    differing = [f'{key}={had[key]}, not {value}' for key, value in wanted.items()
-                 if key not in MAY_DIFFER and had.get(key, value) != value]
-    if differing:
-        raise UserError(f'{folder} holds a run with {"; ".join(differing)}: name another folder with --out_dir')
+    others = differing(state['config'], words) if state is not None else []
+    if others:
+        raise UserError(f'{folder} holds a run with {"; ".join(others)}: name another folder with --out_dir')
+
+
+def diverged_before(folder, words):
+    """Whether the run that these words start has been here and diverged."""
+    return report.divergence(folder) is not None and not differing(report.settings_of(folder), words)
 
 
 def call(config, words, folder):
@@ -269,37 +304,134 @@ def iterations(config, planned, measure=False):
     trial = os.path.join(config.runs, planned.variant.replace(' ', '-') + '-trial')
     words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={config.numbers[0]}', '--eval_iters=1',
              f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0']
-    state = last_state(trial)
-    check_same_settings(trial, state, words)
-    if not finished(trial, state, TRIAL):
-        if not measure:
-            return None
-        if not call(config, words, trial):
-            return 0
+    if not measure and not finished(trial, last_state(trial), TRIAL):
+        return None
+    if not train_one(config, trial, words, TRIAL):
+        return 0
     speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
     return max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
 
+def train_one(config, folder, words, max_iters):
+    """Trains the run that these words start, goes on with it, or leaves it as it is. Returns whether it came to its end:
+    False if it diverged, now or before."""
+    state = last_state(folder)
+    check_same_settings(folder, state, words)
+    if finished(folder, state, max_iters):
+        return True
+    if diverged_before(folder, words):
+        return False
+    return call(config, words if state is None else ['--init_from=resume', f'--out_dir={folder}'], folder)
+
+
+def collect(config, planned, max_iters):
+    """`report.collect` of a run that was trained for so many iterations."""
+    launcher = config.launcher if config.launch else ['python']
+    return report.collect(planned.folder, shlex.join([*launcher, 'train.py', *planned.arguments(max_iters)]))
+
+
 def check_same_runs(config, runs):
     """Raises UserError where a run that is there already is of another comparison."""
+    tuned = {}
     for planned in runs:
         max_iters = iterations(config, planned)
-        if max_iters:
-            check_same_settings(planned.folder, last_state(planned.folder), [*planned.words, *planned.length(max_iters)])
+        if not max_iters:
+            continue
+        if config.tune and not planned.helps:
+            if planned.variant not in tuned:
+                tuned[planned.variant] = known_losses(config, planned.variant, share_of(max_iters))
+            losses = tuned[planned.variant]
+            if None in losses.values():
+                if checkpoint.holds_run(planned.folder):
+                    raise UserError(f'{planned.folder} holds a run, and its learning rate is not tuned yet: name another '
+                                    'folder with --out_dir')
+                continue
+            planned = at_rate(config, planned, best_of(losses))
+        check_same_settings(planned.folder, last_state(planned.folder), planned.arguments(max_iters))
 
 
-def train_one(config, planned):
-    """Trains one run, goes on with it, or leaves it as it is; returns the command that starts it, None if it diverged."""
-    max_iters = iterations(config, planned, measure=True)
-    if max_iters == 0:
-        return None
-    words, state = [*planned.words, *planned.length(max_iters)], last_state(planned.folder)
-    check_same_settings(planned.folder, state, words)
-    if not finished(planned.folder, state, max_iters):
-        words_now = words if state is None else ['--init_from=resume', f'--out_dir={planned.folder}']
-        if not call(config, words_now, planned.folder):
-            return None
-    return shlex.join([*(config.launcher if config.launch else ['python']), 'train.py', *words])
+# ---------------------------------------------------------------------------------------------------------------------
+# tuning
+
+def ladder(n):
+    """n factors of a learning rate, each twice the one before: 1/2, 1, 2. An even n has one more below 1 than above: a rate
+    that is too high may be lost altogether, one that is too low is only slow."""
+    return [2.0 ** (i - n // 2) for i in range(n)]
+
+
+def tries(config, variant):
+    """{factor: the Planned run that tries it}"""
+    return {factor: plan_one(config, f'{variant}, {factor:g} times the learning rate', variant, TUNING_SEED,
+                             f'{variant.replace(" ", "-")}_tune_x{factor:g}', factor) for factor in ladder(config.tune)}
+
+
+def share_of(max_iters):
+    """The iterations of a try, for a run of so many."""
+    return max(1, round(max_iters / TUNING_SHARE))
+
+
+def known_losses(config, variant, max_iters):
+    """{factor: val_loss at the end of its try, infinite where it diverged, None where it has not ended}. Raises UserError
+    where a try is of another comparison."""
+    losses = {}
+    for factor, attempt in tries(config, variant).items():
+        words, state = attempt.arguments(max_iters), last_state(attempt.folder)
+        check_same_settings(attempt.folder, state, words)
+        losses[factor] = math.inf if diverged_before(attempt.folder, words) else None
+        if finished(attempt.folder, state, max_iters):
+            losses[factor] = report.last_loss(attempt.folder)
+    return losses
+
+
+def best_of(losses):
+    """The factor with the lowest loss, the lower one of two equals; None where all diverged."""
+    best = min(losses, key=lambda factor: (losses[factor], factor))
+    return best if losses[best] < math.inf else None
+
+
+def at_rate(config, planned, factor):
+    """This run at so many times its learning rate; as it is where factor is None."""
+    if factor is None:
+        return planned
+    return plan_one(config, planned.name, planned.variant, planned.config.seed, os.path.basename(planned.folder), factor)
+
+
+def tune(config, variant, max_iters):
+    """Trains the tries of a variant -> the best factor, None where all diverged; what the report says of them; the runs."""
+    attempts = tries(config, variant)
+    for attempt in attempts.values():
+        train_one(config, attempt.folder, attempt.arguments(max_iters), max_iters)
+    losses = known_losses(config, variant, max_iters)
+    best = best_of(losses)
+    rates = {factor: attempt.config.learning_rate for factor, attempt in attempts.items()}
+    told = {'measure': TYPES[attempt.model_config.model_type].objective(attempt.model_config).val_metric,
+            'tries': [{'learning_rate': rates[factor], 'val_loss': loss if loss < math.inf else None}
+                      for factor, loss in losses.items()],
+            'learning_rate': rates.get(best), 'at_the_edge': best in (min(losses), max(losses))}
+    return best, told, [collect(config, attempt, max_iters) for attempt in attempts.values()]
+
+
+def train_all(config, runs):
+    """-> [(Planned, what `report.collect` says of it)]; {variant: what `tune` says}; the names of the runs that diverged.
+    Raises UserError where nothing is left to report."""
+    trained, tuned, diverged = [], {}, []
+    for planned in runs:
+        max_iters = iterations(config, planned, measure=True)
+        lost = not max_iters
+        if config.tune and not planned.helps and not lost:
+            if planned.variant not in tuned:
+                tuned[planned.variant] = tune(config, planned.variant, share_of(max_iters))
+            factor = tuned[planned.variant][0]
+            lost, planned = factor is None, at_rate(config, planned, factor)
+        if lost or not train_one(config, planned.folder, planned.arguments(max_iters), max_iters):
+            if planned.helps:
+                raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
+            diverged.append(planned.name)
+        else:
+            trained.append((planned, collect(config, planned, max_iters)))
+    if all(planned.helps for planned, _ in trained):
+        raise UserError('all runs diverged: take a recipe with a lower learning_rate')
+    return trained, tuned, diverged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,28 +507,24 @@ def main(argv):
         os.makedirs(config.runs, exist_ok=True)
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be made: {e.strerror}') from None
-    started, commands = time.time(), {}
-    for planned in runs:
-        commands[planned.name] = train_one(config, planned)
-        if commands[planned.name] is None and planned.name in HELPER_SEEDS:
-            raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
-    diverged = [name for name, command in commands.items() if command is None]
-    if all(planned.name in HELPER_SEEDS or planned.name in diverged for planned in runs):
-        raise UserError('all runs diverged: take a recipe with a lower learning_rate')
+    started = time.time()
+    trained, tuned, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
     variants, helpers, reference_rows = {}, [], once(evaluate.reference_quality)
-    for planned in [planned for planned in runs if planned.name not in diverged]:
-        trained = report.collect(planned.folder, commands[planned.name])
-        if planned.name in HELPER_SEEDS:
-            helpers.append(trained)
+    for planned, run_ in trained:
+        if planned.helps:
+            helpers.append(run_)
         else:
             evaluation = evaluate_run(config, planned, reference_rows)
-            variants.setdefault(planned.variant, []).append(trained | {'evaluation': evaluation})
+            variants.setdefault(planned.variant, []).append(run_ | {'evaluation': evaluation})
     budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
     facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,
              'diverged, left out': '; '.join(diverged) or 'none', 'budget': f'{budget} a run',
-             'samples of each run': config.samples, 'tokens of each sample': config.length}
-    path, rows = report.write(config.out_dir, facts, variants, helpers)
+             'samples of each run': config.samples, 'tokens of each sample': config.length,
+             'learning rates tried for each variant': config.tune}
+    tuning = {variant: told for variant, (_, told, _) in tuned.items()}
+    path, rows = report.write(config.out_dir, facts, variants, helpers, tuning,
+                              [run_ for _, _, attempts in tuned.values() for run_ in attempts])
     print(path)
     print(json.dumps(rows))
 

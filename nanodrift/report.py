@@ -11,6 +11,7 @@ import statistics
 
 import jinja2
 import matplotlib
+import numpy as np
 import torch
 
 from nanodrift import checkpoint
@@ -22,8 +23,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LIKELIHOOD = {'loss': 'loss', 'stderr': 'standard error', 'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy',
-              'ece': 'ECE', 'brier': 'Brier', 'fill_accuracy': 'fill-in accuracy', 'trained': 'trained tokens/s'}
+LIKELIHOOD = {'loss': 'loss', 'loss_at_equal_seconds': 'loss at equal seconds', 'stderr': 'standard error',
+              'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy', 'ece': 'ECE', 'brier': 'Brier',
+              'fill_accuracy': 'fill-in accuracy', 'trained': 'trained tokens/s'}
 QUALITY = {'classifier': 'classifier', 'classifier_stderr': 'standard error', 'mauve': 'MAUVE', 'js_1': 'JS 1',
            'js_2': 'JS 2', 'js_3': 'JS 3', 'js_4': 'JS 4', 'judge_perplexity': "judge's perplexity", 'entropy': 'entropy',
            'distinct_1': 'distinct 1', 'distinct_2': 'distinct 2', 'distinct_3': 'distinct 3', 'repetition': 'repeated',
@@ -63,10 +65,20 @@ def divergence(folder):
         return os.stat(os.path.join(folder, 'metrics.jsonl')).st_mtime_ns
 
 
+def last_loss(folder):
+    """The val_loss of a run's last evaluation."""
+    return [entry['val_loss'] for entry in read_lines(folder) if entry.get('val_loss') is not None][-1]
+
+
+def settings_of(folder):
+    """What a run's config.json says."""
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        return json.load(f)
+
+
 def collect(folder, command):
     """What the report needs of one trained run, but for its evaluation."""
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        settings = json.load(f)
+    settings = settings_of(folder)
     per_iter = settings['batch_size'] * settings['gradient_accumulation_steps'] * settings['block_size']
     entries = read_lines(folder)
     speeds = [entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry]
@@ -98,12 +110,38 @@ def spread_of(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def value_at(points, x):
+    """The value at x between points [(x, value)], interpolated linearly; None outside of them: nothing is extrapolated."""
+    if not points or not points[0][0] <= x <= points[-1][0]:
+        return None
+    return float(np.interp(x, *zip(*points)))
+
+
+def has_loss(run):
+    """Whether what val_loss measures is a loss of text, or a bound of it."""
+    return not {'loss', 'bound'}.isdisjoint(run['evaluation']['likelihood'])
+
+
+def add_losses_at_equal_seconds(runs):
+    """Gives each run the validation loss that its curve has after as many seconds of training as the fastest of these runs
+    took in all; returns those seconds, None where no run has a loss.
+
+    The seconds are the tokens between two lines of the log divided by the speed that was measured there. Between two
+    evaluations the loss is interpolated linearly. That of the initial weights is left out, so a run whose first evaluation
+    comes later has None. In the middle of a run the learning rate has not fallen yet: a shorter run might end lower."""
+    runs = [run for run in runs if has_loss(run)]
+    seconds = min((run['seconds'] for run in runs), default=None)
+    for run in runs:
+        run['loss_at_equal_seconds'] = value_at(curve(run, 'val_loss', 'seconds'), seconds)
+    return seconds
+
+
 def numbers_of(run):
     """{column: number} of one run; missing where its type has none."""
     likely, quality = run['evaluation']['likelihood'], run['evaluation']['quality']
     n, p = run['evaluation']['asked']['samples'], quality.get('classifier')
     likely = likely | {'loss': likely.get('bound', likely.get('loss')), 'stderr': likely.get('nelbo_stderr'),
-                       'trained': run['speed']}
+                       'trained': run['speed'], 'loss_at_equal_seconds': run.get('loss_at_equal_seconds')}
     if p is not None:
         quality = quality | {'classifier_stderr': classifier_stderr(p, n)}
     return {'likelihood': likely, 'quality': quality}
@@ -227,27 +265,30 @@ def pictures(variants, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
-def write(out_dir, facts, variants, helpers):
+def write(out_dir, facts, variants, helpers, tuning, tries):
     """Writes results.json and report.html; returns the page's path and the rows.
 
-    variants: {name: runs, as `collect` gives them, each with its 'evaluation'}; helpers: judge and encoder."""
-    rows = [row_of(name, runs) for name, runs in variants.items()]
+    variants: {name: runs, as `collect` gives them, each with its 'evaluation'}; helpers: judge and encoder; tuning:
+    {name: the learning rates that were tried}; tries: the runs that tried them."""
     compared = [run for runs in variants.values() for run in runs]
+    seconds = add_losses_at_equal_seconds(compared)
+    rows = [row_of(name, runs) for name, runs in variants.items()]
     others = next((run['evaluation']['others'] for run in compared if 'others' in run['evaluation']), {})
     n = facts['samples of each run']
     others = {name: row | {'classifier_stderr': classifier_stderr(row['classifier'], n)} for name, row in others.items()}
-    facts = facts | {'hours of training': hours(compared), 'hours of judge and encoder': hours(helpers),
+    facts = facts | {'equal seconds': seconds and round(seconds, 1), 'hours of training': hours(compared),
+                     'hours of tuning': hours(tries), 'hours of judge and encoder': hours(helpers),
                      'hours of evaluation': hours([run['evaluation'] for run in compared])}
     facts |= machine_facts(compared + helpers)
     commands = {os.path.basename(run['settings']['out_dir']): {'command': run['command'],
                                                                'commit': run['settings']['commit']}
-                for run in helpers + compared}
-    write_whole(os.path.join(out_dir, 'results.json'),
-                json.dumps({'facts': facts, 'rows': rows, 'others': others, 'commands': commands}, indent=1))
+                for run in helpers + tries + compared}
+    found = {'facts': facts, 'rows': rows, 'others': others, 'tuning': tuning, 'commands': commands}
+    write_whole(os.path.join(out_dir, 'results.json'), json.dumps(found, indent=1))
     with open(os.path.join(HERE, 'report.html'), encoding='utf-8') as f:
         template = jinja2.Template(f.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     texts = {name: runs[0]['evaluation']['texts'] for name, runs in variants.items()}
     path = os.path.join(out_dir, 'report.html')
-    write_whole(path, template.render(rows=rows, others=others, facts=facts, pictures=pictures(variants, rows), texts=texts,
-                                      commands=commands, samples=n, likelihood=LIKELIHOOD, quality=QUALITY))
+    write_whole(path, template.render(found, pictures=pictures(variants, rows), texts=texts, samples=n,
+                                      likelihood=LIKELIHOOD, quality=QUALITY))
     return path, rows

@@ -254,7 +254,8 @@ MISTAKES = {
     'compare.py': [
         ('--variants=gpt3', 'gpt2'), ('--variants=gpt2,gpt2', 'twice'), ('--variants=,', 'variants'),
         ('--seeds=1,1', 'twice'),
-        ('--seeds=1000', 'judge'), ('--seeds=', 'seeds'), ('--tokens=0', 'above 0'), ('--tokens=3', '--tokens='),
+        ('--seeds=1000', 'judge'), ('--tune=1', 'tunes nothing'),
+        ('--seeds=', 'seeds'), ('--tokens=0', 'above 0'), ('--tokens=3', '--tokens='),
         ('--samples=3', 'at least'),
         ('--launch=no-such-program', 'no program'), ('--launch="', 'no command line'), ('--recipe=no.py', 'no config file'),
         ('--recipe=resuming.py', 'init_from'), ('--recipe=broken.py', 'broken.py'), ('--length=99', 'lower --length'),

@@ -217,6 +217,85 @@ def test_a_budget_in_seconds_is_that_of_the_measured_speed(place, words, calls):
                            f'--recipe={place}/other.py'))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tuning
+
+def test_a_ladder_is_geometric_and_has_the_rate_of_the_recipe():
+    assert [compare.ladder(n) for n in (2, 3, 4)] == [[0.5, 1], [0.5, 1, 2], [0.25, 0.5, 1, 2]]
+
+
+def test_the_best_try_has_the_lowest_loss():
+    assert compare.best_of({0.5: 3.0, 1.0: 2.0, 2.0: math.inf}) == 1.0
+    assert compare.best_of({0.5: 2.0, 1.0: 2.0}) == 0.5
+    assert compare.best_of({0.5: math.inf, 1.0: math.inf}) is None
+
+
+def test_learning_rates_are_tuned_on_another_seed_and_taken_by_all(place, words, calls, monkeypatch):
+    (place / 'floor.py').write_text(RECIPE + 'min_lr = 1e-3\n')
+    args = words('tuned', '--variants=gpt2,diffusion blocks', '--seeds=1,2', '--samples=0', '--tune=3',
+                 f'--recipe={place}/floor.py')
+    real = compare.call
+
+    def stopped(config, arguments, folder):
+        if len(calls) == 2:
+            raise SystemExit(143)
+        return real(config, arguments, folder)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(compare, 'call', stopped)
+        compare.main(args)
+    compare.main(args)
+    assert len(calls) == 6 + 4  # no try twice
+    runs, found = place / 'tuned' / 'runs', results(place / 'tuned')
+    for name, dashed in (('gpt2', 'gpt2'), ('diffusion blocks', 'diffusion-blocks')):
+        states = [state_of(runs / f'{dashed}_tune_x{factor}') for factor in ('0.5', '1', '2')]
+        assert [state['iter_num'] for state in states] == [2] * 3  # a quarter of 8
+        assert {state['config']['seed'] for state in states} == {compare.TUNING_SEED}
+        rates = [(state['config']['learning_rate'], state['config']['min_lr']) for state in states]
+        assert rates == [(0.005, 0.0005), (0.01, 0.001), (0.02, 0.002)]
+        told = found['tuning'][name]
+        assert [tried['learning_rate'] for tried in told['tries']] == [0.005, 0.01, 0.02]
+        losses = [report.read_lines(str(runs / f'{dashed}_tune_x{factor}'))[-1]['val_loss'] for factor in ('0.5', '1', '2')]
+        assert [tried['val_loss'] for tried in told['tries']] == losses
+        best = rates[losses.index(min(losses))]
+        assert told['learning_rate'] == best[0] and told['at_the_edge'] == (best[0] != 0.01)
+        for seed in (1, 2):
+            config = state_of(runs / f'{dashed}_seed{seed}')['config']
+            assert (config['learning_rate'], config['min_lr']) == best
+            assert f'--learning_rate={best[0]}' in found['commands'][f'{dashed}_seed{seed}']['command']
+    assert found['tuning']['diffusion blocks']['measure'] == 'nelbo'
+    assert found['facts']['hours of tuning'] >= 0 and 'gpt2_tune_x0.5' in found['commands']
+    page = (place / 'tuned' / 'report.html').read_text(encoding='utf-8')
+    assert 'at the edge of the ladder' in page
+    compare.main(args)
+    assert len(calls) == 10 and results(place / 'tuned')['tuning'] == found['tuning']
+
+
+def test_tries_that_diverged_are_known_and_no_variant_is_left(place, words, calls):
+    (place / 'wild.py').write_text(RECIPE.replace('1e-2', '1e30'))
+    args = words('wild', '--variants=gpt2', '--seeds=1', '--samples=0', '--tune=2', f'--recipe={place}/wild.py')
+    for _ in range(2):
+        with pytest.raises(UserError, match='all runs diverged'):
+            compare.main(args)
+        assert len(calls) == 2
+
+
+def test_values_between_points_are_interpolated_and_none_is_extrapolated():
+    points = [(1, 4.0), (3, 2.0), (4, 2.0)]
+    assert [report.value_at(points, x) for x in (0.9, 1, 2, 3.5, 4, 4.1)] == [None, 4.0, 3.0, 2.0, 2.0, None]
+    assert report.value_at([(2, 1.0)], 2) == 1.0 and report.value_at([], 2) is None
+
+
+def test_losses_at_equal_seconds_are_read_where_the_fastest_run_ends():
+    def run(kind, speed):
+        entries = [{'iter': 0, 'val_loss': 9.0}, {'iter': 10, 'tokens_per_s': speed}, {'iter': 10, 'val_loss': 4.0},
+                   {'iter': 20, 'val_loss': 2.0}]
+        return {'evaluation': {'likelihood': {kind: 0}}, 'entries': entries, 'tokens_per_iter': 100, 'seconds': 2000 / speed}
+    runs = [run('loss', 100), run('bound', 75), run('js_2', 1000), run('loss', 40)]
+    assert report.add_losses_at_equal_seconds(runs) == 20  # drifting has no loss, however fast it is
+    assert [r.get('loss_at_equal_seconds') for r in runs] == [2.0, pytest.approx(3.0), None, None]
+    assert report.add_losses_at_equal_seconds(runs[2:3]) is None
+
+
 @pytest.fixture(scope='module')
 def judged(place, words):
     """The folder of a finished comparison with a judge."""
@@ -229,7 +308,11 @@ def judged(place, words):
     return place / 'judged'
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what is there already, and mistakes
+
 @pytest.mark.parametrize('args, differing', [
+    (['--tune=2'], 'learning rate is not tuned yet'),
     (['--tokens=2048'], 'max_iters=8, not 16'), (['--dataset=text_byte'], 'dataset=text_bpe280, not text_byte'),
     (['--recipe={place}/faster.py'], 'learning_rate=0.01, not 0.02')])
 def test_runs_of_another_comparison_are_refused(place, words, judged, calls, args, differing):
@@ -339,7 +422,9 @@ def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, m
     (['--launch=nothing-of-the-sort'], 'no program'), (["--launch='"], 'no command line'), (['--length=1'], 'at least 4'),
     (['--length=17'], '16 tokens'), (['--samples=-1'], 'samples'), (['--samples=9'], 'at least 10'),
     (['--samples=100000'], '--samples='), (['--variants=gpt2,heat,gpt2'], 'twice'), (['--seeds=1,2,01'], 'twice'),
-    (['--seeds=1,1000'], 'judge'), (['--seeds=1001'], 'encoder'), (['--tokens=10'], '--tokens=128'),
+    (['--seeds=1,1000'], 'judge'), (['--tune=1'], '--tune=3'), (['--tune=16'], 'at most 15'),
+    (['--tune=2', '--seeds=1002'], '1002 is that of the tries'),
+    (['--seeds=1001'], 'encoder'), (['--tokens=10'], '--tokens=128'),
     (['--recipe=nowhere.py'], 'nowhere.py'), (['--device=abacus'], 'device'), (['--seeds=9223372036854775808'], 'seed='),
 ])
 def test_mistakes_are_one_line_and_nothing_is_written(place, words, calls, args, message):

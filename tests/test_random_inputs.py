@@ -183,7 +183,7 @@ COSTLY = {'n_layer', 'n_head', 'n_embd', 'n_inner', 'block_size', 'vocab_size', 
           'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'max_steps', 'max_tokens', 'steps', 'rounds',
           'new_tokens', 'streams', 'draws', 'windows', 'samples', 'tokens', 'seconds', 'n_layers', 'd_model', 'd_ff',
           'n_heads',
-          'seq_len', 'epochs', 'drift_positives', 'num_proc', 'draft_tokens', 'seeds', 'eval_iters', 'length'}
+          'seq_len', 'epochs', 'drift_positives', 'num_proc', 'draft_tokens', 'seeds', 'eval_iters', 'length', 'tune'}
 TEXTS = {
     'ckpt': ['best', 'last'], 'dataset': ['tiny_byte', 'missing', '../tiny_byte', 'tiny_byte/', '', 'DATA/tiny_byte'],
     'data_dir': ['DATA', 'DATA/', '.', 'no'], 'data': ['DATA/tiny_byte', 'DATA', 'no', ''], 'log_dir': ['logs', 'a b',
