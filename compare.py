@@ -38,9 +38,11 @@ from train import TrainConfig, read_settings
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
 HELPER_SEEDS = {JUDGE: 1000, ENCODER: 1001}  # which no other run has: a twin's judgement would be worth nothing
-TUNING_SEED = 1002  # of all tries of learning rates: the seeds that are compared played no part in the choice
+TUNING_SEED = 1002  # of tries of learning rates, so that no compared seed plays a part in the choice, and of trials
 TUNING_SHARE = 4  # a try has this part of the budget: a quarter
-TRIAL = 15  # iterations that tell how fast a variant is, for a budget in seconds
+TRIAL = 15  # iterations that tell how fast a variant is: for the estimate, and for a budget in seconds
+WORTH_A_TRIAL = 60  # iterations: what is shorter is over before an estimate helps
+EVALUATION_COST = 1 / 3  # of a batch, compared with a batch of training
 EVALUATIONS = 10  # of each run, at least: the points of its curve
 VARIANTS = variants_of(TYPES)
 SHOWN = 3  # samples of each variant in the report
@@ -143,15 +145,12 @@ class Planned:
 
     def length(self, max_iters):
         """Arguments for a run of max_iters iterations. Warmup is kept, but at most a tenth of the run. eval_iters is limited
-        so that evaluation takes no longer than training: a batch of evaluation costs about a third of a training batch, and
-        is read from both splits."""
+        so that evaluation takes no longer than training: a batch costs EVALUATION_COST, and is read from both splits."""
         c, often = self.config, max(1, max_iters // EVALUATIONS)
         interval = min(c.eval_interval, often)
         evaluations = max_iters // interval + 1
-        twice = self.model_config.diffusion_objective == 'repair' and self.model_config.model_type == 'diffusion'
-        # repair evaluates each row masked in two ways
-        limit = max(1, max_iters * c.gradient_accumulation_steps // (evaluations * (1 + twice)))
-        asked = c.eval_iters or len(self.windows('val')) // c.batch_size + 1
+        limit = max(1, max_iters * c.gradient_accumulation_steps // (evaluations * self.ways_masked))
+        asked = self.evaluation_batches(c.eval_iters)
         values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': interval,
                   'log_interval': min(c.log_interval, often), 'eval_iters': c.eval_iters if asked <= limit else limit}
         if not c.warmup_ratio:
@@ -160,6 +159,20 @@ class Planned:
             values |= {'warmup_epochs': 0, 'warmup_iters': min(warmup, max_iters // 10)}
         changed = [f'--{key}={value}' for key, value in values.items() if value != getattr(c, key)]
         return [f'--max_iters={max_iters}', *changed]
+
+    @property
+    def ways_masked(self):
+        """How many times evaluation reads each row: repair masks it in two ways."""
+        return 1 + (self.model_config.model_type == 'diffusion' and self.model_config.diffusion_objective == 'repair')
+
+    def evaluation_batches(self, eval_iters):
+        return eval_iters or len(self.windows('val')) // self.config.batch_size + 1
+
+    def evaluation_share(self, max_iters):
+        """What the evaluations of a run of max_iters iterations cost, compared with its training."""
+        settings, _, _ = read_settings(self.arguments(max_iters))
+        batches = 2 * (max_iters // settings.eval_interval + 1) * self.evaluation_batches(settings.eval_iters)
+        return EVALUATION_COST * batches * self.ways_masked / (max_iters * settings.gradient_accumulation_steps)
 
     def windows(self, split):
         """The text of a split as train.py cuts it. Raises UserError where it is too short."""
@@ -295,21 +308,40 @@ def call(config, words, folder):
     return code == 0
 
 
-def iterations(config, planned, measure=False):
-    """How many iterations the budget gives to a run, 0 where measuring its speed showed that it diverges; None where the
-    speed is not known yet, unless it is to `measure` it.
-    A variant's speed is measured once, so that all of its seeds train for as long."""
-    if not config.seconds:
-        return max(1, round(config.tokens / planned.tokens_per_iter))
-    trial = os.path.join(config.runs, planned.variant.replace(' ', '-') + '-trial')
-    words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={config.numbers[0]}', '--eval_iters=1',
-             f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0']
+def trial_folder(config, variant):
+    return os.path.join(config.runs, variant.replace(' ', '-') + '-trial')
+
+
+def speed_of(config, planned, measure=False):
+    """Tokens per second of a variant, 0 where even its trial diverged; None where they are not known yet, unless it is to
+    `measure` them.
+
+    The trial is one for all of a variant's runs, so that a budget in seconds is the same for all of its seeds. Its learning
+    rate is 0, which is as fast as any other and loses no variant that needs its warmup. As speed does not depend on what an
+    encoder has learnt, drifting's is the trial of gpt2."""
+    trial = trial_folder(config, planned.variant)
+    words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={TUNING_SEED}', '--eval_iters=1',
+             f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0', '--learning_rate=0',
+             '--min_lr=0']
     if not measure and not finished(trial, last_state(trial), TRIAL):
         return None
+    if needs_encoder(planned.variant):
+        encoder = plan_one(config, ENCODER, 'gpt2', HELPER_SEEDS[ENCODER], ENCODER)
+        if not speed_of(config, encoder, measure):
+            return 0
+        words.append(f'--encoder={trial_folder(config, "gpt2")}')
     if not train_one(config, trial, words, TRIAL):
         return 0
-    speed = statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
-    return max(1, round(config.seconds * speed / planned.tokens_per_iter))
+    return statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
+
+
+def iterations(config, planned):
+    """How many iterations the budget gives to a run; one in seconds gives None before the speed is known, and 0 where even a
+    trial diverged."""
+    if not config.seconds:
+        return max(1, round(config.tokens / planned.tokens_per_iter))
+    speed = speed_of(config, planned)
+    return speed and max(1, round(config.seconds * speed / planned.tokens_per_iter))
 
 
 def train_one(config, folder, words, max_iters):
@@ -416,7 +448,7 @@ def train_all(config, runs):
     Raises UserError where nothing is left to report."""
     trained, tuned, diverged = [], {}, []
     for planned in runs:
-        max_iters = iterations(config, planned, measure=True)
+        max_iters = iterations(config, planned)
         lost = not max_iters
         if config.tune and not planned.helps and not lost:
             if planned.variant not in tuned:
@@ -432,6 +464,86 @@ def train_all(config, runs):
     if all(planned.helps for planned, _ in trained):
         raise UserError('all runs diverged: take a recipe with a lower learning_rate')
     return trained, tuned, diverged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the estimate
+
+@dataclass
+class Remaining:
+    """What is still to be trained of a variant, or of the judge or encoder."""
+    runs: int = 0
+    tries: int = 0
+    iterations: int = 0
+    tokens: int = 0
+    steps: float = 0.0  # tokens, and those of training that take as long as the evaluations
+    seconds: float | None = None  # None where no trial was worth while
+
+    def add(self, planned, max_iters):
+        """Adds a run, as far as its log does not have it yet."""
+        entries = report.read_lines(planned.folder) or [{'iter': 0}]
+        left = 0 if entries[-1].get('diverged') else max(0, max_iters - entries[-1]['iter'])
+        tokens = left * planned.tokens_per_iter
+        self.tries += bool(left) and planned.config.seed == TUNING_SEED
+        self.runs += bool(left) and planned.config.seed != TUNING_SEED
+        self.iterations, self.tokens = self.iterations + left, self.tokens + tokens
+        self.steps += tokens * (1 + planned.evaluation_share(max_iters))
+
+
+def what_remains(config, runs):
+    """{variant, or judge or encoder: Remaining}, after trials of those for which an estimate is worth one."""
+    groups, remaining = {}, {}
+    for planned in runs:
+        groups.setdefault(planned.name if planned.helps else planned.variant, []).append(planned)
+    for title, group in groups.items():
+        if config.seconds:
+            speed_of(config, group[0], measure=True)
+        max_iters, here = iterations(config, group[0]), Remaining()
+        if not max_iters:
+            continue
+        for attempt in () if group[0].helps else tries(config, title).values():
+            here.add(attempt, share_of(max_iters))
+        for planned in group:
+            here.add(planned, max_iters)
+        if here.iterations >= WORTH_A_TRIAL or config.seconds:
+            speed = speed_of(config, group[0], measure=True)
+            here.seconds = here.steps / speed if speed else None
+        if here.iterations:
+            remaining[title] = here
+    return remaining
+
+
+def units_of(config, remaining):
+    """-> how many cores or GPUs train at once, as the first trial says, and which of the two."""
+    unit = 'core' if config.device.startswith('cpu') else 'GPU'
+    for title, here in remaining.items():
+        if here.seconds:
+            run_ = report.settings_of(trial_folder(config, 'gpt2' if title in HELPER_SEEDS else title))
+            return run_['world_size'] * (run_['threads'] if unit == 'core' else 1), unit
+    return 1, unit
+
+
+def plan_lines(remaining, count, unit):
+    """The plan in words: what remains, and its hours on `count` cores or GPUs at once."""
+    if not remaining:
+        return ['nothing is left to train']
+
+    def hours(seconds):
+        return f'{seconds / 3600:,.0f}' if seconds >= 36000 else f'{seconds / 3600:.2g}'
+
+    def line(title, here):
+        cost = 'not timed' if here.seconds is None else f'{hours(here.seconds * count)} {unit}-hours'
+        return f'  {title:<26} runs {here.runs:>3}, tries {here.tries:>3}, tokens {here.tokens:>16,} {cost:>20}'
+    timed = [here.seconds for here in remaining.values() if here.seconds is not None]
+    sums = {key: sum(getattr(here, key) for here in remaining.values()) for key in ('runs', 'tries', 'tokens')}
+    lines = ['still to be trained:', *(line(*pair) for pair in remaining.items()),
+             line('together', Remaining(**sums, seconds=sum(timed) if timed else None))]
+    if timed:
+        lines.append(f'about {hours(sum(timed))} hours by the clock on {count} {unit}{"s" * (count > 1)}; a batch of '
+                     'evaluation during training is taken for a third of one of training')
+    if len(timed) < len(remaining):
+        lines.append(f'not timed, and not in the hours: fewer than {WORTH_A_TRIAL} iterations, or a trial that diverged')
+    return [*lines, 'not included: the start of each command, the evaluation of finished runs, and their samples']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -507,6 +619,8 @@ def main(argv):
         os.makedirs(config.runs, exist_ok=True)
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be made: {e.strerror}') from None
+    remaining = what_remains(config, runs)
+    print('\n' + '\n'.join(plan_lines(remaining, *units_of(config, remaining))), flush=True)
     started = time.time()
     trained, tuned, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)

@@ -62,7 +62,8 @@ class RunLog:
         t = self.trainer
         facts = {'run_id': t.run_id, 'parents': t.parents, 'commit': t.commit, 'argv': sys.argv,
                  'torch': torch.__version__, 'device_used': str(t.ranks.device), 'dtype_used': t.dtype,
-                 'world_size': t.ranks.world_size, 'max_iters_used': t.schedule.max_iters}
+                 'world_size': t.ranks.world_size, 'threads': torch.get_num_threads(),
+                 'max_iters_used': t.schedule.max_iters}
         path = os.path.join(self.config.out_dir, 'config.json')
         if self.config.eval_only and os.path.exists(path):
             return  # it describes the run

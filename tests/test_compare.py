@@ -296,6 +296,59 @@ def test_losses_at_equal_seconds_are_read_where_the_fastest_run_ends():
     assert report.add_losses_at_equal_seconds(runs[2:3]) is None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the estimate
+
+def test_what_remains_is_what_the_logs_lack(place, words, tmp_path):
+    args = words('none', '--variants=gpt2', '--seeds=1', '--samples=0', '--tune=2', f'--out_dir={tmp_path}')
+    config, _ = compare.configure(args, compare.CompareConfig)
+    planned, = compare.plan(config)
+    attempt, _ = compare.tries(config, 'gpt2').values()
+    log = tmp_path / 'runs' / 'gpt2_seed1' / 'metrics.jsonl'
+    log.parent.mkdir(parents=True)
+    for lines, left in (('', 100), ('{"iter": 40, "loss": 1}\n', 60), ('{"iter": 100, "val_loss": 1}\n', 0),
+                        ('{"iter": 40, "diverged": true}\n', 0)):
+        log.write_text(lines)
+        here = compare.Remaining()
+        here.add(planned, 100)
+        here.add(attempt, 25)
+        assert (here.runs, here.tries, here.iterations) == (int(left > 0), 1, left + 25)
+        assert here.tokens == 128 * (left + 25) < here.steps <= 2 * here.tokens
+
+
+def test_the_plan_in_words():
+    a = compare.Remaining(runs=3, tries=2, iterations=1000, tokens=5000, seconds=7200.0)
+    b = compare.Remaining(runs=1, iterations=8, tokens=1000)
+    said = '\n'.join(compare.plan_lines({'gpt2': a, 'heat': b}, 4, 'core'))
+    assert re.search(r'gpt2 +runs +3, tries +2, tokens +5,000 +8 core-hours\n', said)
+    assert re.search(r'heat +runs +1, tries +0, tokens +1,000 +not timed\n', said)
+    assert re.search(r'together +runs +4, tries +2, tokens +6,000 +8 core-hours\n', said)
+    assert 'about 2 hours by the clock on 4 cores' in said and 'fewer than 60 iterations' in said and 'not included' in said
+    assert 'clock' not in '\n'.join(compare.plan_lines({'heat': b}, 1, 'core'))
+    assert compare.plan_lines({}, 1, 'core') == ['nothing is left to train']
+
+
+def test_the_cost_is_said_before_training_and_again_what_remains(place, words, calls, monkeypatch, capsys):
+    args = words('cost', '--variants=gpt2,drifting', '--seeds=1', '--samples=0', '--tokens=8192')
+
+    def stop(config, runs):
+        raise SystemExit(143)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(compare, 'train_all', stop)
+        compare.main(args)
+    assert len(calls) == 2 and all('--learning_rate=0' in words for words in calls)  # trials alone, without an encoder
+    assert f'--encoder={place}/cost/runs/gpt2-trial' in calls[1]
+    said = capsys.readouterr().out
+    assert all(re.search(fr'^  {name} +runs +1, tries +0, tokens +8,192 +\S+ core-hours$', said, re.MULTILINE)
+               for name in ('encoder', 'gpt2', 'drifting')), said
+    assert ' on 1 core;' in said
+    compare.main(args)
+    assert len(calls) == 5 and f'--encoder={place}/cost/runs/encoder' in calls[4]
+    capsys.readouterr()
+    compare.main(args)
+    assert len(calls) == 5 and 'nothing is left to train' in capsys.readouterr().out
+
+
 @pytest.fixture(scope='module')
 def judged(place, words):
     """The folder of a finished comparison with a judge."""
@@ -396,7 +449,7 @@ def test_evaluations_of_a_short_run_take_no_longer_than_its_training(place, word
         given = [*planned.words, *planned.length(max_iters)]
         settings, _, _ = train.read_settings(given)
         most = 3 * max_iters * settings.batch_size
-        assert measured_rows(planned, given) <= most
+        assert measured_rows(planned, given) <= most and planned.evaluation_share(max_iters) <= 1
         if 4 * measured_rows(planned, [*given, f'--eval_iters={asked}']) <= most:  # there is time for what the recipe asks
             assert settings.eval_iters == asked
         elif asked:
