@@ -313,8 +313,8 @@ def trial_folder(config, variant):
 
 
 def speed_of(config, planned, measure=False):
-    """Tokens per second of a variant, 0 where even its trial diverged; None where they are not known yet, unless it is to
-    `measure` them.
+    """Tokens per second of a variant; None where they are not known yet, unless it is to `measure` them, and where even a
+    trial diverges.
 
     The trial is one for all of a variant's runs, so that a budget in seconds is the same for all of its seeds. Its learning
     rate is 0, which is as fast as any other and loses no variant that needs its warmup. As speed does not depend on what an
@@ -328,16 +328,15 @@ def speed_of(config, planned, measure=False):
     if needs_encoder(planned.variant):
         encoder = plan_one(config, ENCODER, 'gpt2', HELPER_SEEDS[ENCODER], ENCODER)
         if not speed_of(config, encoder, measure):
-            return 0
+            return None
         words.append(f'--encoder={trial_folder(config, "gpt2")}')
     if not train_one(config, trial, words, TRIAL):
-        return 0
+        return None
     return statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
 
 
 def iterations(config, planned):
-    """How many iterations the budget gives to a run; one in seconds gives None before the speed is known, and 0 where even a
-    trial diverged."""
+    """How many iterations the budget gives to a run; None where it is in seconds and the speed is not known."""
     if not config.seconds:
         return max(1, round(config.tokens / planned.tokens_per_iter))
     speed = speed_of(config, planned)

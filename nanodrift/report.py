@@ -1,5 +1,6 @@
 """
-The page of a comparison: means over seeds, curves, samples and commands, in one file that loads nothing from elsewhere.
+The page of a comparison: what follows, means over seeds, curves, samples and commands, in one file that loads nothing from
+elsewhere.
 """
 import base64
 import io
@@ -30,6 +31,19 @@ QUALITY = {'classifier': 'classifier', 'classifier_stderr': 'standard error', 'm
            'js_2': 'JS 2', 'js_3': 'JS 3', 'js_4': 'JS 4', 'judge_perplexity': "judge's perplexity", 'entropy': 'entropy',
            'distinct_1': 'distinct 1', 'distinct_2': 'distinct 2', 'distinct_3': 'distinct 3', 'repetition': 'repeated',
            'nfe': 'NFE', 'tokens_per_s': 'tokens/s'}
+# the table at the top of the page: (part of a row, column of it) -> title
+SUMMARY = {('likelihood', 'loss'): 'validation loss', ('likelihood', 'loss_at_equal_seconds'): 'at equal seconds',
+           ('likelihood', 'accuracy'): 'accuracy', ('quality', 'classifier'): 'samples told from text',
+           ('quality', 'nfe'): 'passes for a sample', ('likelihood', 'trained'): 'training tokens/s'}
+COMPARED = tuple(SUMMARY)[:2] + tuple(SUMMARY)[3:4]  # about which something is concluded; of all of them less is better
+VERDICTS = LOWER, HIGHER, ALIKE, OPEN, SINGLE = (
+    'lower, beyond the seeds', 'higher, beyond the seeds', 'no difference beyond the seeds',
+    'a bound that is not lower, so nothing follows', 'a single seed, so nothing follows')
+BEYOND = 2  # two means differ beyond their seeds if they are further apart than so many spreads of both together
+
+PAPER, INK = ('#fdfcf9', '#17191c'), ('#22252a', '#e6e4de')  # of the page, light and dark
+COLOURS = ('#1f77b4', '#d9730d', '#2c9a2c', '#d62728', '#9467bd', '#a5674f', '#d14fa6', '#7f7f7f', '#8a8b12', '#0f94a3')
+MARKERS = '.x^'  # of the first ten variants, the second, and the third: dashes are for bounds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +161,18 @@ def numbers_of(run):
     return {'likelihood': likely, 'quality': quality}
 
 
+def shown(pair, bound=False):
+    """A mean and the spread of its seeds as they are written, with no digits that mean nothing: those of the spread's first
+    two, three decimals at most; where there is no spread, three significant digits, two decimals at most."""
+    value, spread = pair
+    if spread:
+        last = min(3, 1 - math.floor(math.log10(spread)))
+    else:
+        last = 0 if value == round(value) else min(2, 2 - math.floor(math.log10(abs(value))))
+    numbers = [f'{round(x, last):,.{max(0, last)}f}' for x in pair if x is not None and (x or x is value)]
+    return '≤ ' * bound + ' ± '.join(numbers)
+
+
 def classifier_stderr(p, n):
     """The standard error of a classifier's accuracy p on n samples and as many texts, not 0 where all are right (Agresti
     and Coull 1998)."""
@@ -160,6 +186,48 @@ def row_of(name, runs):
     parts = {part: {key: spread_of([of_run[part].get(key) for of_run in numbers]) for key in columns}
              for part, columns in (('likelihood', LIKELIHOOD), ('quality', QUALITY))}
     return {'variant': name, 'bound': 'bound' in runs[0]['evaluation']['likelihood']} | parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what follows
+
+def apart(a, b):
+    """Whether two (mean, deviation) differ beyond their seeds; None where one of them has a single seed."""
+    return None if None in (a[1], b[1]) else abs(a[0] - b[0]) > BEYOND * math.hypot(a[1], b[1])
+
+
+def verdict(row, base, part, key):
+    """Which of VERDICTS the numbers of a row deserve, compared with those of the row `base`."""
+    mine, its = row[part][key], base[part][key]
+    differs = apart(mine, its)
+    if differs is None:
+        return SINGLE
+    if differs and mine[0] < its[0]:
+        return LOWER
+    if part == 'likelihood' and row['bound'] and not base['bound']:
+        return OPEN  # the loss itself may be lower
+    return HIGHER if differs else ALIKE
+
+
+def conclusions(rows):
+    """Sentences on which variants differ from the baseline: gpt2, or else the first variant whose loss is no bound."""
+    sentences = []
+    for part, key in COMPARED:
+        have = [row for row in rows if row[part][key]]
+        if len(have) < 2:
+            continue
+        base = min(have, key=lambda row: (row['variant'] != 'gpt2', row['bound']))
+        told = {words: [] for words in VERDICTS}
+        for row in have:
+            if row is not base:
+                words, by = verdict(row, base, part, key), abs(row[part][key][0] - base[part][key][0])
+                told[words].append(row['variant'] + (f' (by {shown((by, None))})' if words in (LOWER, HIGHER) else ''))
+        its = shown(base[part][key], part == 'likelihood' and base['bound'])
+        found = '; '.join(f'{words}: {", ".join(names)}' for words, names in told.items() if names)
+        sentences.append(f'{SUMMARY[part, key].capitalize()}, compared with {base["variant"]} ({its}): {found}.')
+    if sentences and not any(row[part][key] and row[part][key][1] is not None for row in rows for part, key in COMPARED):
+        return ['Each variant has a single seed: nothing can be concluded from the differences between them.']
+    return sentences or ['There is nothing to compare.']
 
 
 def hours(runs):
@@ -182,19 +250,22 @@ def machine_facts(runs):
 # pictures
 
 def picture(title, x, y, draw):
-    """-> the address of a PNG in the page itself, what it shows in words; `draw(axes)` puts the data in."""
-    fig, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
-    draw(axes)
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    names = axes.get_legend_handles_labels()[1]
-    if names:
-        axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=130)
+    """-> the addresses of two SVGs in the page itself, for light and for dark, and what they show in words; `draw(axes)`
+    puts the data in."""
+    inked = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'grid.color')
+    with plt.rc_context({key: INK[0] for key in inked}):
+        fig, axes = plt.subplots(figsize=(6.8, 4), constrained_layout=True)
+        draw(axes)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.2)
+        names = axes.get_legend_handles_labels()[1]
+        axes.legend(fontsize=9, loc='center left', bbox_to_anchor=(1, 0.5), framealpha=0)
+        out = io.BytesIO()
+        fig.savefig(out, format='svg', transparent=True)
     plt.close(fig)
-    address = 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
-    return address, f'{title}: {y} against {x}, of {", ".join(names)}'
+    both = [out.getvalue().replace(INK[0].encode(), ink.encode()) for ink in INK]
+    addresses = ['data:image/svg+xml;base64,' + base64.b64encode(svg).decode() for svg in both]
+    return *addresses, f'{title}: {y} against {x}, of {", ".join(names)}'
 
 
 def figure(path, title, x, y, draw):
@@ -212,12 +283,18 @@ def figure(path, title, x, y, draw):
     print(path)
 
 
+def look(number):
+    """How the variant with this number is drawn, in all pictures."""
+    return {'color': COLOURS[number % 10], 'marker': MARKERS[number // 10 % 3], 'markersize': 5}
+
+
 def reliability(axes, named):
     """named: {name: (bins, ECE)}, bins as metrics.Calibration gives them."""
     axes.plot([0, 1], [0, 1], color='gray', linestyle='--', label='calibrated')
     for number, (name, (bins, ece)) in enumerate(named.items()):
         points = [(confidence, accuracy) for n, confidence, accuracy in bins if n]
-        axes.plot(*zip(*points), color=f'C{number % 10}', marker='o', markersize=3, label=f'{name} (ECE {ece:.3f})')
+        if points:
+            axes.plot(*zip(*points), **look(number), label=f'{name} (ECE {ece:.3f})')
 
 
 def curve(run, key, against):
@@ -228,34 +305,46 @@ def curve(run, key, against):
             for entry, seconds in with_seconds(run['entries'], per_iter) if entry.get(key) is not None and entry['iter']]
 
 
-def draw_curves(axes, variants, key, against):
+def band(runs, key, against):
+    """Points (x, mean, least, greatest) over the seeds of a variant, at each of their evaluations."""
+    for points in zip(*(curve(run, key, against) for run in runs)):
+        xs, values = zip(*points)
+        yield statistics.mean(xs), statistics.mean(values), min(values), max(values)
+
+
+def draw_curves(axes, variants, names, key, against):
+    """A line for the mean of each of these variants, dashed where it is a bound, in the band of its seeds."""
     for number, (name, runs) in enumerate(variants.items()):
-        for i, run in enumerate(runs):
-            points = curve(run, key, against)
-            if points:
-                axes.plot(*zip(*points), color=f'C{number % 10}', linestyle='-' if number < 10 else '--', linewidth=1,
-                          marker='.', label=None if i else name)
+        points = list(band(runs, key, against)) if name in names else []
+        if points:
+            x, mean, least, greatest = zip(*points)
+            bound = key == 'val_loss' and 'bound' in runs[0]['evaluation']['likelihood']
+            axes.plot(x, mean, linestyle='--' if bound else '-', linewidth=1.2, label='≤ ' * bound + name, **look(number))
+            axes.fill_between(x, least, greatest, color=COLOURS[number % 10], alpha=0.2, linewidth=0)
 
 
 def draw_scatter(axes, rows):
     for number, row in enumerate(rows):
         speed, classifier = row['quality']['tokens_per_s'], row['quality']['classifier']
         if speed and classifier:
-            axes.scatter(speed[0], classifier[0], color=f'C{number % 10}', label=row['variant'])
+            axes.plot(speed[0], classifier[0], linestyle='', label=row['variant'], **look(number) | {'markersize': 9})
     axes.set_xscale('log')
 
 
 def pictures(variants, rows):
-    likely = {name: runs for name, runs in variants.items() if 'loss' in runs[0]['evaluation']['likelihood']}
-    drawn = []
-    for key, title, y in (('val_loss', 'Validation loss, causal types', 'nats per token'),
-                          ('val_accuracy', 'Next-token accuracy', 'share of positions')):
-        for against in ('tokens', 'seconds'):
-            drawn.append(picture(title, f'{against} of training', y,
-                                 lambda axes, key=key, against=against: draw_curves(axes, likely, key, against)))
     first = {name: runs[0]['evaluation']['likelihood'] for name, runs in variants.items()}
-    bins = {name: (numbers['bins'], numbers['ece']) for name, numbers in first.items() if 'bins' in numbers}
-    drawn.append(picture('Reliability of the first seed', 'confidence', 'accuracy', lambda axes: reliability(axes, bins)))
+    likely = [name for name, runs in variants.items() if has_loss(runs[0])]
+    exact = [name for name in likely if 'loss' in first[name]]
+    drawn = []
+    for key, title, y, names in (('val_loss', 'Validation loss', 'nats per token', likely),
+                                 ('val_accuracy', 'Next-token accuracy', 'share of positions', exact)):
+        for against in ('tokens', 'seconds') if names else ():
+            drawn.append(picture(title, f'{against} of training', y, lambda axes, key=key, names=names, against=against:
+                                 draw_curves(axes, variants, names, key, against)))
+    if any('bins' in numbers for numbers in first.values()):
+        bins = {name: (numbers.get('bins', []), numbers.get('ece')) for name, numbers in first.items()}
+        drawn.append(picture('Reliability of the first seed', 'confidence', 'accuracy',
+                             lambda axes: reliability(axes, bins)))
     if any(row['quality']['classifier'] for row in rows):
         drawn.append(picture('Speed and quality of sampling', 'tokens per second',
                              'accuracy of the classifier, 0.5 is perfect', lambda axes: draw_scatter(axes, rows)))
@@ -289,6 +378,8 @@ def write(out_dir, facts, variants, helpers, tuning, tries):
         template = jinja2.Template(f.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     texts = {name: runs[0]['evaluation']['texts'] for name, runs in variants.items()}
     path = os.path.join(out_dir, 'report.html')
-    write_whole(path, template.render(found, pictures=pictures(variants, rows), texts=texts, samples=n,
-                                      likelihood=LIKELIHOOD, quality=QUALITY))
+    summary = {column: title for column, title in SUMMARY.items() if any(row[column[0]][column[1]] for row in rows)}
+    write_whole(path, template.render(found, conclusions=conclusions(rows), pictures=pictures(variants, rows), texts=texts,
+                                      samples=n, summary=summary, likelihood=LIKELIHOOD, quality=QUALITY, shown=shown,
+                                      beyond=BEYOND, paper=PAPER, ink=INK))
     return path, rows
