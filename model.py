@@ -85,6 +85,8 @@ class GPTConfig:
                                   types='diffusion', at_least=0, needs={'diffusion_objective': 'nelbo'})
     diffusion_shift: bool = option(False, 'positions predict the next token, as in gpt2, whose weights can then go on',
                                    types='diffusion')
+    diffusion_complement: bool = option(False, 'train on two noisy copies of each block, with complementary masks',
+                                        types='diffusion')
     penalty_keep_mask: float = option(0.25, 'weight of a masked token for which [MASK] is predicted', **REPAIR)
     penalty_mask_correct: float = option(0.5, 'weight of a right token for which [MASK] is predicted', **REPAIR)
     drift_weight: float = option(1.0, 'weight of the field; the bound has 1', types='diffusion', at_least=0, needs=DRIFT)
@@ -894,6 +896,8 @@ def contradictions(c):
             c.diffusion_block and c.block_size % c.diffusion_block,
         f'draft_block={c.draft_block} needs twice that as block_size, not {c.block_size}': 2 * c.draft_block > c.block_size,
         'diffusion_shift=True has no effect without a diffusion_block': c.diffusion_shift and not c.diffusion_block,
+        'diffusion_complement=True needs blocks of two tokens or more: --diffusion_block=4':
+            c.diffusion_complement and c.diffusion_block < 2,
         f'n_inner={c.n_inner} has no meaning for drifting: leave it at 0': kind == 'drifting' and c.n_inner,
         f'drift_prefix={c.drift_prefix} must be below block_size={c.block_size}': c.drift_prefix >= c.block_size,
         'drifting compares text in the features of a trained model: --encoder=FOLDER of a gpt2 run on the same data, or '

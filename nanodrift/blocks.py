@@ -30,14 +30,15 @@ def hidden_slots(slots, c):
 
 
 def noisy_states(model, trunk, idx):
-    """Hidden states (B, T, C) that predict the T tokens, from idx (B, clean + slots) as `objectives.block_batch` makes
-    them. trunk: ids and Streams -> hidden states of all."""
+    """Hidden states (B, T, C) that predict the T tokens, or (B, 2T, C) for two noisy copies, from idx (B, clean + slots) as
+    `objectives.block_batch` makes them. trunk: ids and Streams -> hidden states of all."""
     c = model.config
     N, shift = c.diffusion_block, c.diffusion_shift
-    first, S = torch.arange(0, c.block_size, N, device=idx.device), N + shift
-    clean = idx.size(1) - len(first) * S
+    clean, S = c.block_size - N, N + shift
+    copies = (idx.size(1) - clean) // (c.block_size // N * S)
+    first = torch.arange(0, c.block_size, N, device=idx.device).repeat_interleave(copies)
     hidden = hidden_slots(idx[:, clean:].unflatten(1, (-1, S)), c).flatten(1) if shift else None
-    streams = Streams(clean, first, S, N, 1 if shift else N, hidden)
+    streams = Streams(clean, first, S, N, 1 if shift else N, hidden, copies)
     return trunk(idx, streams)[:, clean:].unflatten(1, (-1, S))[:, :, :N].flatten(1, 2)
 
 

@@ -203,13 +203,17 @@ def count_batch(tokens, rng, part=(0, 1), *, mask):
     return tokens.masked_fill(masked, mask), tokens, (masked * T / count).float()
 
 
-def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift):
+def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift, complement=False):
     """
     tokens (B, T), or (B, T+1) with `shift` -> X (B, T - block + slots), the clean tokens and the noisy slots of
-    `blocks.Streams`; Y, W (B, T).
+    `streams.Streams`; Y, W (B, T).
 
     In each block exactly l tokens are masked, l uniform on 1 to `block`, and weighted by block / l: `count_batch` block by
     block. The l of all blocks of the iteration are spread evenly, and dealt to the blocks at random.
+
+    complement: each block has a second noisy copy after it, in which block + 1 - l tokens are masked, among them all that
+    the first leaves; Y, W (B, 2T). So every token is predicted at each step. After Fast-dLLM v2 (arXiv 2509.26328), whose
+    second copy masks exactly the others: its l would not be uniform on 1 to `block`.
     """
     text, (i, n) = tokens[:, int(shift):], part[:2]
     shape = len(text), text.size(1) // block, block
@@ -218,18 +222,23 @@ def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift):
     start = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     strata = permute(range(i * blocks, i * blocks + blocks), n * blocks, seed)
     count = 1 + (block * (start + torch.from_numpy(strata) / (n * blocks)).frac()).floor().view(*shape[:2], 1)
-    masked = random_order(shape, rng) < count
-    noisy = text.reshape(shape).masked_fill(masked, mask).flatten(1)
-    return clean_and_noisy(tokens, noisy, block, shift), text.contiguous(), (masked * block / count).float().flatten(1)
+    order = random_order(shape, rng)
+    masked, text = order < count, text.reshape(shape)
+    if complement:
+        masked, count, text = (torch.stack(copies, dim=2).flatten(1, 2) for copies in (
+            (masked, order >= count - 1), (count, block + 1 - count), (text, text)))
+    noisy = text.masked_fill(masked, mask).flatten(1)
+    return clean_and_noisy(tokens, noisy, block, shift), text.flatten(1), (masked * block / count).float().flatten(1)
 
 
 def clean_and_noisy(tokens, noisy, block, shift):
     """What a pass of block diffusion reads, (B, T - block + slots): of tokens (B, T), or (B, T+1) with `shift`, those that
-    are seen from later blocks, and the slots of the noisy text (B, T)."""
-    slots = noisy.unflatten(1, (-1, block))
+    are seen from later blocks, and the slots of the noisy text (B, T), or of several copies of each of its blocks."""
+    T, slots = tokens.size(1) - shift, noisy.unflatten(1, (-1, block))
     if shift:
-        slots = torch.cat((tokens[:, :-1:block, None], slots), dim=2)  # the clean token before the block
-    return torch.cat((tokens[:, :noisy.size(1) - block], slots.flatten(1)), dim=1)
+        before = tokens[:, :-1:block, None].repeat_interleave(noisy.size(1) // T, dim=1)  # the clean token before the block
+        slots = torch.cat((before, slots), dim=2)
+    return torch.cat((tokens[:, :T - block], slots.flatten(1)), dim=1)
 
 
 def repair_and_count_batch(tokens, rng, part=(0, 1), *, repair, count):
@@ -357,7 +366,8 @@ def diffusion(config):
         targets = drifting.compute_token_drift_targets if config.diffusion_objective == 'drift' else None
         noise = partial(nelbo_batch, mask=mask)
         if config.diffusion_block:
-            noise = count = partial(block_batch, mask=mask, block=config.diffusion_block, shift=config.diffusion_shift)
+            count = partial(block_batch, mask=mask, block=config.diffusion_block, shift=config.diffusion_shift)
+            noise = partial(count, complement=config.diffusion_complement)
         return Objective(make_batch=noise, head_loss=without_mask(linear_cross_entropy),
                          loss=without_mask(cross_entropy), metrics=partial(diffusion_metrics, repair=False),
                          eval_batch=count, compute_targets=targets, **common)

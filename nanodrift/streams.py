@@ -18,15 +18,15 @@ class Streams:
     before it and, with clean_block = N, those of its own block of N. Nothing clean sees anything noisy.
 
     first (n,): the first position of each block; slot i of a block stands at that position + i. Block b starts at position
-    b * stride at the earliest, and at most a stride later. hidden (B, n * S), bool: slots that no position sees. Attention
-    runs over whole blocks, SLOTS_PER_CHUNK slots or more at a time, so that memory grows with the length of the text and not
-    with its square.
+    b * stride at the earliest, and at most a stride later; `copies` blocks that start at the same position count as one.
+    hidden (B, n * S), bool: slots that no position sees. Attention runs over whole blocks, SLOTS_PER_CHUNK slots or more at
+    a time, so that memory grows with the length of the text and not with its square.
     """
     static = True  # all passes have one shape
 
-    def __init__(self, clean, first, S, stride, clean_block=1, hidden=None):
+    def __init__(self, clean, first, S, stride, clean_block=1, hidden=None, copies=1):
         device, n = first.device, len(first)
-        self.clean, self.reach = clean, (n - 1) * stride + S
+        self.clean, self.reach = clean, (n - 1) // copies * stride + S
         slots = first[:, None] + torch.arange(S, device=device)
         self.positions = torch.cat((torch.arange(clean, device=device), slots.flatten()))[None]
         self.clean_chunks, self.noisy_chunks = [], []  # (rows, how many clean tokens they may see, mask)
@@ -38,8 +38,10 @@ class Streams:
         size = max(1, SLOTS_PER_CHUNK // S)
         for start in range(0, n, size):
             chunk = first[start:start + size].repeat_interleave(S)
-            rows, seen = slice(start * S, start * S + len(chunk)), min((start + len(chunk) // S) * stride, clean)
-            mask = torch.cat((torch.arange(seen, device=device) < chunk[:, None], chunk == chunk[:, None]), dim=1)
+            block = torch.arange(len(chunk), device=device) // S
+            rows, end = slice(start * S, start * S + len(chunk)), start + len(chunk) // S
+            seen = min(-(-end // copies) * stride, clean)
+            mask = torch.cat((torch.arange(seen, device=device) < chunk[:, None], block == block[:, None]), dim=1)
             if hidden is not None:
                 mask = mask & ~F.pad(hidden[:, None, None, rows], (seen, 0))  # (B, 1, slots, seen + slots)
             self.noisy_chunks.append((rows, seen, mask))
@@ -62,7 +64,8 @@ def positions_in_training(c):
     predict a token."""
     T, N = c.block_size, c.diffusion_block
     if N:
-        return T - N + T // N * (N + c.diffusion_shift), T
+        copies = 1 + c.diffusion_complement
+        return T - N + copies * (T // N) * (N + c.diffusion_shift), copies * T
     return (T + draft_blocks(c) * c.draft_block,) * 2
 
 

@@ -119,7 +119,8 @@ def settings(tmp_path, data_dir, encoder):
         if overrides.get('model_type') == 'drafts':
             overrides = overrides | {'model_type': 'gpt2', 'draft_block': 2}
         if 'blocks' in overrides.get('model_type', ''):
-            overrides = overrides | BLOCKS | {'diffusion_shift': overrides['model_type'] == 'shifted blocks'}
+            shifted = overrides['model_type'] == 'shifted blocks'
+            overrides = overrides | BLOCKS | {'diffusion_shift': shifted, 'diffusion_complement': shifted}
         return TINY | dict(dataset='tiny_byte', data_dir=data_dir, out_dir=str(tmp_path / out_dir)) | overrides
     return make
 

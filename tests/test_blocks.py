@@ -93,8 +93,29 @@ def test_two_streams_are_a_loop_over_blocks(shift, positions, N):
 
 
 @layouts
-def test_long_texts_attend_in_chunks(shift, monkeypatch):
-    model, tokens = model_of(2, shift), text(2, shift)
+@pytest.mark.parametrize('N', [2, 3])
+def test_two_copies_are_two_passes(shift, N):
+    """The second copy masks what the first does not, and one token more; neither sees the other."""
+    model, tokens = model_of(N, shift, diffusion_complement=True), text(3, shift)
+    X, Y, W = batch(model, tokens)
+    n, S = T // N, N + shift
+    slots, W, Y = X[:, T - N:].view(3, n, 2, S), W.view(3, n, 2, N), Y.view(3, n, 2, N)
+    assert torch.equal(Y[:, :, 0], Y[:, :, 1]) and torch.equal(Y[:, :, 0].flatten(1), tokens[:, int(shift):])
+    masked = W > 0
+    assert torch.equal(masked, slots[..., -N:] == V) and masked.any(2).all() and (masked.all(2).sum(-1) == 1).all()
+    assert torch.equal(W[masked], (N / masked.sum(-1, keepdim=True)).expand(masked.shape)[masked])
+    with torch.no_grad():
+        states = model.trunk(X).view(3, n, 2, N, -1)
+        for copy in range(2):
+            alone = model.trunk(torch.cat((X[:, :T - N], slots[:, :, copy].flatten(1)), dim=1)).view(3, n, N, -1)
+            assert torch.allclose(states[:, :, copy], alone, atol=1e-5)
+    assert model.objective.eval_batch(tokens, torch.Generator())[1].shape == (3, T)
+
+
+@layouts
+@pytest.mark.parametrize('complement', [False, True])
+def test_long_texts_attend_in_chunks(shift, complement, monkeypatch):
+    model, tokens = model_of(2, shift, diffusion_complement=complement), text(2, shift)
     X, _, _ = batch(model, tokens)
     with torch.no_grad():
         whole = model.trunk(X)
@@ -215,7 +236,7 @@ def test_training_goes_on_from_gpt2(settings, tmp_path, positions):
     gpt2 = settings(out_dir='gpt2', eval_iters=0)
     assert train.main([f'--{key}={value}' for key, value in gpt2.items()]) == 0
     more = settings(out_dir='blocks', model_type='shifted blocks', eval_iters=0, positions=positions, max_iters=2) | {
-        'diffusion_block': 1, 'init_from': gpt2['out_dir']}
+        'diffusion_block': 1, 'diffusion_complement': False, 'init_from': gpt2['out_dir']}
     assert train.main([f'--{key}={value}' for key, value in more.items()]) == 0
     first, before = metrics(more['out_dir'])[0], metrics(gpt2['out_dir'])[-1]
     if positions == 'learned':
@@ -225,6 +246,7 @@ def test_training_goes_on_from_gpt2(settings, tmp_path, positions):
 
 @pytest.mark.parametrize('options, words', [
     (dict(diffusion_block=5), 'divide block_size'), (dict(diffusion_shift=True), 'diffusion_block'),
+    (dict(diffusion_complement=True, diffusion_block=1), 'two tokens'),
     (dict(diffusion_block=4, diffusion_objective='repair'), 'nelbo'),
     (dict(diffusion_block=4, model_type='gpt2'), 'diffusion')])
 def test_mistakes_are_named(options, words):
