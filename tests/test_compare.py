@@ -198,6 +198,7 @@ def test_reference_rows_are_computed_once_and_what_is_evaluated_is_said(place, w
     assert list(results(place / 'once')['others']) == list(rows[0])
 
 
+@pytest.mark.slow
 def test_no_more_text_is_evaluated_than_a_run_trains_on(place, words, calls, capsys):
     validation = load_meta(place / 'text_bpe280')['splits']['val']['tokens']
     assert 1024 < validation < 5120
@@ -249,6 +250,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls):
     assert {**row, 'trained': 0} == {**other, 'trained': 0} and row['fill_accuracy'][0] >= 0
 
 
+@pytest.mark.slow
 def test_a_second_seed_is_trained_beside_the_first(place, words, calls):
     compare.main(words('seeds', '--variants=gpt2', '--seeds=3', '--samples=0'))
     compare.main(words('seeds', '--variants=gpt2', '--seeds=3,4', '--samples=0'))
@@ -295,6 +297,7 @@ def test_the_best_try_has_the_lowest_loss():
     assert compare.best_of({0.5: math.inf, 1.0: math.inf}) is None
 
 
+@pytest.mark.slow
 def test_learning_rates_are_tuned_on_another_seed_and_taken_by_all(place, words, calls, monkeypatch):
     (place / 'floor.py').write_text(RECIPE + 'min_lr = 1e-3\n')
     args = words('tuned', '--variants=gpt2,diffusion blocks', '--seeds=1,2', '--samples=0', '--tune=3',
@@ -393,6 +396,7 @@ def test_the_plan_in_words():
     assert compare.plan_lines({}, 1, 'core') == ['nothing is left to train']
 
 
+@pytest.mark.slow
 def test_the_cost_is_said_before_training_and_again_what_remains(place, words, calls, monkeypatch, capsys):
     args = words('cost', '--variants=gpt2,drifting', '--seeds=1', '--samples=0', '--tokens=8192')
 
