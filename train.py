@@ -280,12 +280,14 @@ class Trainer:
             numbers = self.objective.examples(numbers, examples_seen, rng)
         tokens = windows.read(windows.offsets(numbers))
         part = (micro, steps, derive_seed(self.config.seed, Stream.ITERATION, iter_num))
+        if self.objective.device_batch and self.ranks.device.type != 'cpu':
+            return self._to_device(self.objective.device_batch(tokens, part, self.ranks.device))
         return self._to_device(self.objective.make_batch(tokens, rng, part))
 
     def _to_device(self, tensors):
         device = self.ranks.device
         if device.type == 'cuda':
-            return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+            return [t if t is None or t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in tensors]
         return [t if t is None else t.to(device) for t in tensors]
 
     def _check_finite(self, loss, norm):

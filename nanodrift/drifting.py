@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanodrift import ngrams
+from nanodrift.data import derive_seed
 from nanodrift.kernels import rows_per_chunk
 from nanodrift.machine import exact
 from nanodrift.metrics import Mean, Rows
@@ -260,6 +261,20 @@ def make_batch(tokens, rng, part=(0, 1), *, n_embd, extra=0):
     B = len(tokens) - extra
     noise = torch.randn(B, tokens.size(1), n_embd, generator=rng)
     return noise, torch.randint(STYLES, (B, STYLE_INDICES), generator=rng), tokens
+
+
+def device_batch(tokens, part, device, *, n_embd, extra=0):
+    """`make_batch` for a GPU, where the noise is made: a CPU is slow at it, and the copy would be the largest of a step.
+
+    A row's noise comes from a seed of its own, by its number among the rows of the iteration, so it is the same however
+    these are split into micro-batches and ranks. One launch per row is cheaper than drawing the noise of all rows of the
+    iteration and slicing, which would be done again for every micro-batch. The style indices are few enough for that."""
+    (i, n, seed), B = part, len(tokens) - extra
+    noise, generator = torch.empty(B, tokens.size(1), n_embd, device=device), torch.Generator(device)
+    for number, row in enumerate(noise, start=i * B):
+        row.normal_(generator=generator.manual_seed(derive_seed(seed, number)))
+    style = torch.randint(STYLES, (n * B, STYLE_INDICES), generator=torch.Generator().manual_seed(seed))
+    return noise, style[i * B:(i + 1) * B], tokens
 
 
 def examples(own, start, rng, *, extra):

@@ -32,6 +32,7 @@ class Objective:
     window: block_size -> tokens that one example reads.
     val_metric: which number of the summary is val_loss and picks the best checkpoint; smaller is better.
     eval_batch: make_batch of evaluation, where it differs.
+    device_batch: (tokens, part, device) -> what training on a GPU takes in place of make_batch, where it differs.
     examples: (range of example numbers, first of the iteration, rng) -> those that make_batch sees, where it differs.
     compute_targets: (model, micro-batches of this rank, ranks, rng) -> the same with targets that depend on all of the
         iteration's micro-batches together.
@@ -44,6 +45,7 @@ class Objective:
     window: Callable
     val_metric: str
     eval_batch: Callable | None = None
+    device_batch: Callable | None = None
     examples: Callable | None = None
     compute_targets: Callable | None = None
 
@@ -382,8 +384,9 @@ def diffusion(config):
 # drifting: its batches, targets and metrics are in drifting.py
 
 def one_step(config):
-    make_batch = partial(drifting.make_batch, n_embd=config.n_embd)
-    return Objective(make_batch=partial(make_batch, extra=config.drift_positives), eval_batch=make_batch,
+    sizes = dict(n_embd=config.n_embd, extra=config.drift_positives)
+    return Objective(make_batch=partial(drifting.make_batch, **sizes), device_batch=partial(drifting.device_batch, **sizes),
+                     eval_batch=partial(drifting.make_batch, n_embd=config.n_embd),
                      head_loss=None, loss=None, metrics=drifting.measure, summary=drifting.summary,
                      window=lambda block_size: block_size, val_metric='js_2',
                      compute_targets=drifting.compute_drift_targets,

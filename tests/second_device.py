@@ -51,11 +51,12 @@ class Generator(torch.Generator):
 
 
 class SecondDevice(TorchDispatchMode):
-    """While it is on: counts operations and their bytes, views not among them, and the `waits` of the CPU for the device."""
+    """While it is on: counts operations and their bytes, views not among them, the bytes `copied` to the device, and the
+    `waits` of the CPU for it."""
 
     def __init__(self):
         super().__init__()
-        self.operations, self.bytes, self.waits = 0, 0, Counter()
+        self.operations, self.bytes, self.copied, self.waits = 0, 0, 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -78,6 +79,7 @@ class SecondDevice(TorchDispatchMode):
         if device == SECOND and not func.is_view:
             self.operations += 1
             self.bytes += sum(t.numel() * t.itemsize for t in (*tensors, *tree_leaves(out)) if isinstance(t, torch.Tensor))
+            self.copied += sum(t.numel() * t.itemsize for t in theirs)
         if func is aten.copy_.default:
             return args[0]
         if device != SECOND:

@@ -58,11 +58,17 @@ def step(trainer, mode):
     numbers = [trainer.evaluate('val')[trainer.objective.val_metric]]
     trainer._step()
     numbers += first_step(trainer.config.out_dir)
-    mode.operations, mode.bytes = 0, 0
+    mode.operations, mode.bytes, mode.copied = 0, 0, 0
     mode.waits.clear()
     trainer._step()
     assert trainer.model.device.type == second_device.SECOND
-    return mode.operations, mode.bytes / 1e6, mode.waits.total(), numbers
+    return mode.operations, mode.bytes / 1e6, mode.copied, mode.waits.total(), numbers
+
+
+def as_there(trainer):
+    """Has a trainer on the CPU make its batches as on a GPU."""
+    if make := trainer.objective.device_batch:
+        trainer.objective = replace(trainer.objective, make_batch=lambda tokens, rng, part: make(tokens, part, 'cpu'))
 
 
 def first_step(out_dir):
@@ -74,14 +80,36 @@ def first_step(out_dir):
 def test_training_and_evaluation_keep_to_their_device(second, tiny, model_type):
     """And compute there what they compute on the CPU; without dropout and noise, which are others."""
     settings = {'model_type': model_type} | ({'apply_diffusion': False} if model_type == 'dd' else {})
-    operations, megabytes, waits, numbers = second(step, **settings)
+    operations, megabytes, copied, waits, numbers = second(step, **settings)
+    assert copied < 4096  # less than the noise of drifting: 4 x 16 x 16 floats
     assert operations <= OPERATIONS.get(model_type, 360) and megabytes <= MEGABYTES.get(model_type, 5)
     assert waits <= (9 if model_type in WITH_FIELD else 3)
     trainer = train.Trainer(*tiny(out_dir='cpu', **settings), Ranks())
+    as_there(trainer)
     val = trainer.evaluate('val')[trainer.objective.val_metric]
     trainer._step()
     # attention is another function there
     assert numbers == pytest.approx([val, *first_step(trainer.config.out_dir)], rel=1e-3)
+
+
+def batch_and_step(trainer, mode):
+    """The noise and styles of iteration 3 before and after a step, and what came of this step."""
+    c = trainer.config
+    here = [[t.tolist() for t in trainer._batch(3, 3 * 8, micro)[:2]] for micro in range(c.gradient_accumulation_steps)]
+    trainer._step()
+    again = [[t.tolist() for t in trainer._batch(3, 3 * 8, micro)[:2]] for micro in range(c.gradient_accumulation_steps)]
+    assert here == again, 'a batch depends on its number alone: resuming is exact'
+    noise, style = zip(*here)
+    return sum(noise, []), sum(style, []), first_step(c.out_dir)
+
+
+def test_however_an_iteration_is_split_its_noise_is_the_same(second):
+    """Each split may also be one of ranks, which take micro-batches in turn."""
+    whole, halves, quarters = (
+        second(batch_and_step, model_type='drifting', drift_positives=0, out_dir=str(B), batch_size=B,
+               gradient_accumulation_steps=8 // B) for B in (8, 4, 2))
+    assert len(whole[0]) == 8 and whole[:2] == halves[:2] == quarters[:2]
+    assert whole[2] == pytest.approx(halves[2], rel=1e-4) and whole[2] == pytest.approx(quarters[2], rel=1e-4)
 
 
 def write(trainer, mode, ways):

@@ -25,6 +25,7 @@ from nanodrift.drifting import (
     Field,
     compute_drift_targets,
     compute_token_drift_targets,
+    device_batch,
     distances,
     drift,
     drift_loss,
@@ -270,6 +271,16 @@ def make(encoder, **options):
 
 def noise_and_style(count=4, length=16):
     return make_batch(torch.zeros(count, length, dtype=torch.long), rng(1), n_embd=16)[:2]
+
+
+def test_noise_made_on_a_gpu_is_normal_and_another_for_each_row_and_iteration():
+    tokens = torch.zeros(40, 16, dtype=torch.long)
+    noise, style, _ = device_batch(tokens, (1, 2, 5), 'cpu', n_embd=64)
+    other, other_style, _ = device_batch(tokens, (1, 2, 6), 'cpu', n_embd=64)
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
+    rows = torch.cat((noise, other)).flatten(1)
+    assert (torch.corrcoef(rows) - torch.eye(80)).abs().max() < 0.2  # 1 / sqrt(16 * 64) is 0.03
+    assert len(style.unique()) == 64 and not torch.equal(style, other_style) and len(style.unique(dim=0)) == 40
 
 
 def raw_outputs(generator, noise, style):
