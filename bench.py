@@ -356,12 +356,13 @@ def plan_row(changes, size, tokens):
     n_layer, n_head, n_embd = plan.SIZES[size]
     c, encoder = model_of(changes, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device('meta'):
-        model = Generator(c) if encoder else GPT(c)
-        frozen = sum(p.numel() for p in GPT(encoder).parameters()) if encoder else 0
+        model, frozen = Generator(c) if encoder else GPT(c), GPT(encoder) if encoder else None
     params = sum(p.numel() for p in model.parameters())
     flops = drifting_flops(c, params) if encoder else model.flops_per_token()
     kept = plan.KeptPerToken.of(partial(small_model, changes), 64, 64)
-    return plan.row(params, frozen, flops, kept, c, tokens)
+    if frozen:
+        frozen.shorten_linears(torch.bfloat16)
+    return plan.row(params, sum(p.nbytes for p in frozen.parameters()) if frozen else 0, flops, kept, c, tokens)
 
 
 def report_plan(config):

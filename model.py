@@ -337,6 +337,15 @@ class GPT(nn.Module):
         self.compile_head()
         for block in self.layers:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
+        if self.encoder is not None:
+            self.encoder.compile_blocks()
+
+    def shorten_linears(self, dtype):
+        """For a frozen model under autocast to a 16-bit type: its linear layers keep their weights in it. Autocast converts
+        weights that are not trained at every use, to the same numbers."""
+        for module in self.transformer.h.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
 
     def compile_head(self):
         """On CPUs compiled code takes longer in float32 than what it replaces."""

@@ -415,6 +415,8 @@ class Trainer:
                 checkpoint.check_encoder(model, source)
             ancestors = [model.encoder.source['run_id'], *model.encoder.source['parents']]
             self.parents = [*self.parents, *(name for name in ancestors if name not in self.parents)]
+            if self.dtype != 'float32':
+                model.encoder.shorten_linears(DTYPES[self.dtype])
         if c.gradient_checkpointing:
             for network in filter(None, (model, model.encoder)):
                 network.recompute_blocks()

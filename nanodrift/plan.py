@@ -69,10 +69,11 @@ class KeptPerToken:
         return (self.layer * c.n_layer + self.rest) * c.n_embd * tokens
 
 
-def row(params, encoder_params, flops, kept, c, tokens):
-    """{what: number} of a model with so many parameters, and of a step over so many tokens on each GPU."""
+def row(params, encoder_bytes, flops, kept, c, tokens):
+    """{what: number} of a model with so many parameters, an encoder of so many bytes, and a step over so many tokens on each
+    GPU."""
     gradients = 4 * params  # float32, all-reduced: each GPU sends them nearly twice
-    state = STATE_BYTES * params + 6 * encoder_params  # a frozen encoder has no gradient and no moments
+    state = STATE_BYTES * params + encoder_bytes  # a frozen encoder has no gradient and no moments
     return {'parameters': params, 'gflop_per_token': flops / 1e9, 'state_gb': state / 1e9,
             'kept_gb': kept.bytes(c, tokens) / 1e9, 'tokens_per_s': SHARE * H100_FLOPS / flops,
             'step_ms': tokens * flops / (SHARE * H100_FLOPS) * 1e3,

@@ -39,6 +39,8 @@ def compile_blocks(model):
     for block in blocks_of(model):
         block.forward = torch.compile(block.forward, dynamic=False)
     model.compile_head()
+    if model.encoder is not None:  # whole on every rank
+        model.encoder.compile_blocks()
 
 
 def is_shared(value):

@@ -5,8 +5,9 @@ from conftest import WAYS
 from test_train import load, metrics
 
 import train
-from model import load_model
-from nanodrift.machine import DTYPES, autocast
+from model import GPT, load_model
+from nanodrift import sharding
+from nanodrift.machine import DTYPES, Ranks, autocast
 from nanodrift.variants import VARIANTS
 
 FURTHER = {
@@ -24,6 +25,7 @@ FURTHER = {
 CASES = VARIANTS | FURTHER
 # of the float32 loss, after a few steps of a tiny model; in float16 the scaler may skip the first of these
 LOSS_BAND = {'bfloat16': 0.02, 'float16': 0.1}
+ENCODER_BAND = 0.01  # of the first loss
 
 
 def losses(out_dir):
@@ -66,6 +68,37 @@ def assert_near(short, exact, band):
 def test_every_kind_trains_evaluates_and_writes_in_16_bits(trained, name, dtype):
     band = 0.2 if name.startswith('drifting') else LOSS_BAND[dtype]  # its field is normalised, and so is its noise
     assert_near(trained(name, dtype), trained(name, 'float32'), band)
+
+
+@pytest.mark.parametrize('dtype', LOSS_BAND)
+@pytest.mark.parametrize('name', ['drifting', 'token drift'])
+def test_the_encoder_is_in_16_bits_and_gives_the_losses_of_before(tiny, monkeypatch, name, dtype):
+    """Exactly those of an encoder that autocast converts at every use. The first loss is near float32's."""
+    found = {}
+    for kept_as in ('float32', dtype):
+        with monkeypatch.context() as patch:
+            if kept_as == 'float32':
+                patch.setattr(GPT, 'shorten_linears', lambda model, dtype: None)
+            trainer = train.Trainer(*tiny(out_dir=kept_as, **CASES[name] | {'dtype': dtype}), Ranks())
+        weights = {p.dtype for p in trainer.model.encoder.transformer.h[0].mlp.parameters()}
+        others = {p.dtype for p in (trainer.model.vocabulary, *trainer.model.parameters())}
+        assert weights == {DTYPES[kept_as]} and others == {torch.float32}
+        for _ in range(3):
+            trainer._step()
+        found[kept_as] = losses(trainer.config.out_dir)
+    assert found[dtype] == found['float32']
+    exact = train.Trainer(*tiny(out_dir='exact', **CASES[name]), Ranks())
+    exact._step()
+    assert found[dtype][0] == pytest.approx(losses(exact.config.out_dir)[0], rel=ENCODER_BAND)
+
+
+@pytest.mark.parametrize('compile_blocks', [GPT.compile_blocks, sharding.compile_blocks])
+def test_the_encoder_is_compiled_with_the_model(tiny, monkeypatch, compile_blocks):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda block, **options: compiled.append(block))
+    model = train.Trainer(*tiny(model_type='drifting'), Ranks()).model
+    compile_blocks(model)
+    assert set(model.encoder.layers) <= set(compiled)
 
 
 @pytest.mark.slow
