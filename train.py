@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, load_encoder
@@ -363,9 +362,7 @@ class Trainer:
             return self.voted
         agreed = self.stop_signal or 0
         if self.ranks.world_size > 1:
-            flag = torch.tensor(agreed, device=self.ranks.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            agreed = int(flag)
+            agreed = int(self.ranks.max(torch.tensor(agreed, device=self.ranks.device)))
         return agreed
 
     def _stopping(self):

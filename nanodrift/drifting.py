@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from nanodrift import ngrams
 from nanodrift.data import derive_seed
 from nanodrift.kernels import rows_per_chunk
-from nanodrift.machine import exact
+from nanodrift.machine import Ranks, exact
 from nanodrift.metrics import Mean, Rows
 from nanodrift.options import UserError, split_numbers
 
@@ -33,6 +33,7 @@ POSITIONS_PER_SET = 4  # positions whose stacks form one feature set: with four 
 QUEUE = 1000  # how many examples before those of an iteration additional positives are drawn from
 STYLES, STYLE_INDICES = 64, 32
 MEASURED = 256  # samples whose field and distances are measured together: both depend on how many there are
+ALONE = Ranks()  # one process
 SHARPNESS = 3.0  # of the softmax over the vocabulary: see `nearness`
 
 
@@ -45,43 +46,57 @@ def distances(x, y):
     return square.clamp(min=1e-8).sqrt()
 
 
-def field(away, toward, positive, negative, temperature, floor):
+def softmax_over_rows(logits, ranks):
+    """The softmax of logits (..., n, M) over dimension -2, of which each rank has n rows."""
+    if ranks.world_size == 1:
+        return logits.softmax(-2)
+    e = (logits - ranks.max(logits.amax(-2, keepdim=True))).exp()
+    return e / ranks.sum(e.sum(-2, keepdim=True))
+
+
+def field(away, toward, positive, negative, temperature, floor, ranks=ALONE):
     """
     V (..., N, D) at N samples: attraction by `positive` (..., P, D), repulsion by `negative` (..., M, D). toward (..., N, P)
-    and away (..., N, M): the samples' distances from these.
+    and away (..., N, M): the samples' distances from these. Other ranks have other samples.
 
     V = S- sum A+ y+ - S+ sum A- y-, where A = sqrt(softmax over columns * softmax over rows) of -distance / temperature over
     [negative | positive] jointly, and S are the row sums of each group (algorithm 1 of the paper). The coefficients of each
     row sum to zero.
     """
     logits = -torch.cat((away, toward), dim=-1) / temperature
-    affinity = (logits.softmax(-1) * logits.softmax(-2)).sqrt().clamp(min=floor)
+    affinity = (logits.softmax(-1) * softmax_over_rows(logits, ranks)).sqrt().clamp(min=floor)
     push, pull = affinity.split((negative.size(-2), positive.size(-2)), dim=-1)
     return push.sum(-1, keepdim=True) * (pull @ positive) - pull.sum(-1, keepdim=True) * (push @ negative)
 
 
 @torch.no_grad()
-def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR):
+def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR, ranks=ALONE):
     """
-    The field of a feature set at its own samples x (S, N, D), in float32 -> targets (S, N, D) in scaled features, the scale
+    The field of a feature set at its own samples x (S, n, D), in float32 -> targets (S, n, D) in scaled features, the scale
     that features are divided by, and {temperature: root mean square of the unnormalised field}.
 
     The field of each temperature (in units of the mean distance) is divided by its own root mean square. A loss against
     these targets therefore does not measure progress; the unnormalised field does.
+
+    Ranks have one field together. Each knows the samples and positives of all, and computes the rows of its own samples;
+    what it takes from the others' rows are means, and maxima and sums of columns.
     """
     with exact(x.device):
-        x, positive = x.float(), positive.float()
-        middle = torch.cat((x, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
-        near, positive = x - middle, positive - middle
-        away, toward = distances(near, near), distances(near, positive)
-        mean = torch.cat((away, toward), dim=-1).mean()
+        x, start = x.float(), ranks.rank * x.size(1)
+        everyone, positive = ranks.concatenate(x, dim=1), ranks.concatenate(positive.float(), dim=1)  # (S, N, D)
+        middle = torch.cat((everyone, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
+        everyone, positive = everyone - middle, positive - middle
+        near = everyone[:, start:start + x.size(1)]
+        away, toward = distances(near, everyone), distances(near, positive)  # (S, n, N) and (S, n, P)
+        mean = ranks.mean(torch.cat((away, toward), dim=-1).mean())
         scale = (mean / math.sqrt(x.size(-1))).clamp(min=LEAST_SCALE)
         unit = mean.clamp(min=LEAST_SCALE)
-        away = away + SELF_DISTANCE * unit * torch.eye(x.size(1), device=x.device)
+        itself = torch.eye(*away.shape[1:], device=x.device).roll(start, dims=1)
+        away = away + SELF_DISTANCE * unit * itself
         total, rms = torch.zeros_like(x), {}
         for temperature in temperatures:
-            raw = field(away, toward, positive, near, temperature * unit, floor) / scale
-            square = raw.square().mean()
+            raw = field(away, toward, positive, everyone, temperature * unit, floor, ranks) / scale
+            square = ranks.mean(raw.square().mean())
             rms[temperature] = square.sqrt()
             total += raw / square.clamp(min=1e-8).sqrt()
         return x / scale + total, scale, rms
@@ -298,11 +313,9 @@ def make_fields(generated, real, positions, ids, ranks, config):
     lists with the features of each micro-batch; ids: the list of their ids."""
     fields = [Field({}, {}, positions, chunk) for chunk in ids]
     for name in generated[0]:
-        x = ranks.concatenate(torch.cat([features[name] for features in generated], dim=1), dim=1)
-        positive = ranks.concatenate(torch.cat([features[name] for features in real], dim=1), dim=1)
-        targets, scale, _ = drift(x, positive, split_numbers(config.drift_temperatures, float), config.drift_floor)
-        mine = targets.chunk(ranks.world_size, dim=1)[ranks.rank].chunk(len(fields), dim=1)
-        for field_, chunk in zip(fields, mine):
+        x, positive = (torch.cat([features[name] for features in each], dim=1) for each in (generated, real))
+        targets, scale, _ = drift(x, positive, split_numbers(config.drift_temperatures, float), config.drift_floor, ranks)
+        for field_, chunk in zip(fields, targets.chunk(len(fields), dim=1)):
             field_.targets[name], field_.scales[name] = chunk, scale
     return fields
 

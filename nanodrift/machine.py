@@ -65,6 +65,16 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor):
+        """The elementwise maximum of `tensor` over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def mean(self, tensor):
+        """The mean of `tensor` over all ranks, on every rank."""
+        return self.sum(tensor) / self.world_size
+
     def concatenate(self, tensor, dim):
         """The tensors of all ranks, which have one shape, one behind the other in the order of the ranks, on every rank."""
         if self.world_size == 1:

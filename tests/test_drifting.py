@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, resume
+from test_machine import finish
 
 import generate_diffusion
 import sample
@@ -37,7 +38,7 @@ from nanodrift.drifting import (
     nearest,
     pool,
 )
-from nanodrift.machine import Ranks
+from nanodrift.machine import Ranks, setup_ranks
 from nanodrift.metrics import Mean, Rows
 from nanodrift.objectives import nelbo_batch
 from nanodrift.options import UserError
@@ -540,6 +541,42 @@ def test_micro_batches_have_one_field_together(encoder, kind):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for one, two in zip(*gradients):
         assert one.abs().max() > 0 and torch.allclose(one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
+def field_on_a_rank(path, world_size):
+    """The field and its gradients at the samples of this rank, and what this rank computed distances between."""
+    shapes = []
+    real = drifting.distances
+    drifting.distances = lambda x, y: shapes.append((tuple(x.shape), tuple(y.shape))) or real(x, y)
+    ranks = setup_ranks('cpu', 'gloo', 60) if world_size > 1 else Ranks()
+    x, positive = (part.chunk(world_size, dim=1)[ranks.rank] for part in
+                   (points(2, 12, 8, dtype=torch.float32), points(2, 20, 8, seed=1, dtype=torch.float32)))
+    x = x.clone().requires_grad_()
+    found = []
+    for floor in (0.0, AFFINITY_FLOOR):
+        targets, scale, rms = drift(x, positive, TEMPERATURES, floor, ranks)
+        gradient, = torch.autograd.grad((x / scale - targets).square().sum(), x)
+        found.append({'targets': targets, 'gradient': gradient, 'scale': scale, 'rms': torch.stack([*rms.values()])})
+    torch.save((found, shapes), f'{path}.{ranks.rank}')
+    if world_size > 1:
+        torch.distributed.barrier()
+    return 0
+
+
+@pytest.mark.slow
+def test_each_rank_computes_the_field_at_its_own_samples(fork_ranks, tmp_path):
+    """Which together is the field of one process, and so are its gradients."""
+    field_on_a_rank(tmp_path / 'whole', 1)
+    finish(fork_ranks(field_on_a_rank, tmp_path / 'half', 2), tmp_path)
+    wanted, _ = torch.load(tmp_path / 'whole.0')
+    halves = [torch.load(tmp_path / f'half.{rank}') for rank in range(2)]
+    for _, shapes in halves:
+        assert shapes == [((2, 6, 8), (2, 12, 8)), ((2, 6, 8), (2, 20, 8))] * 2
+    for one, *two in zip(wanted, *(fields for fields, _ in halves)):
+        for name, value in one.items():
+            found = torch.cat([half[name] for half in two], dim=1) if value.dim() > 1 else two[0][name]
+            assert (found - value).abs().max() <= 2e-6 * value.abs().max(), name
+            assert value.dim() > 1 or torch.equal(two[0][name], two[1][name])
 
 
 def test_further_positives_come_from_the_examples_before():
