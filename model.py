@@ -506,7 +506,7 @@ class RotatingAttention(Attention):
         if config.rotating_head == 'lr':
             rates = nn.Parameter(torch.randn(config.n_head, config.n_embd // config.n_head // 2))
         else:
-            rates = torch.logspace(0, -1, config.n_head)[:, None] * rotary_rates(config)  # heads from 1 to 0.1
+            rates = torch.logspace(0, -1, config.n_head, device='cpu')[:, None] * rotary_rates(config)  # heads from 1 to 0.1
         self.rope = RotaryEmbedding(rates, config.block_size, persistent=True, use_norm=config.use_norm)
 
     def attend(self, q, k, v, cache=None):
@@ -656,7 +656,7 @@ class NoPositions(nn.Module):
 
     def __init__(self, n_positions):
         super().__init__()
-        self.register_buffer('weight', torch.zeros(n_positions, 1), persistent=False)
+        self.register_buffer('weight', torch.zeros(n_positions, 1, device='cpu'), persistent=False)
 
     def forward(self, positions):
         return self.weight[positions]
@@ -918,6 +918,17 @@ def contradictions(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # models out of checkpoints
 
+def with_weights(config, weights, encoder=None):
+    """The model whose parameters are the tensors of a state dict. It is built on `meta`, without memory, so that no random
+    weights are made first. Buffers that no checkpoint holds are computed from the config: these name the CPU."""
+    with torch.device('meta'):
+        model = GPT(config, encoder)
+    checkpoint.load_weights(model, weights)
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not empty, f'{empty}: what is computed from the config is made with device="cpu"'
+    return model
+
+
 def load_model(state, device='cpu'):
     """The trained model in a checkpoint, in evaluation mode, with averaged weights if the checkpoint has them. A token-drift
     model loads as `nelbo`, because it needs its encoder only for training."""
@@ -926,11 +937,12 @@ def load_model(state, device='cpu'):
     if config.diffusion_objective == 'drift':
         defaults = {f.name: f.default for f in fields(config) if f.metadata['needs'] == DRIFT}
         config = replace(config, **defaults, diffusion_objective='nelbo')
-    model = GPT(config, load_encoder(config.encoder) if config.has_encoder else None)
+    encoder = load_encoder(config.encoder) if config.has_encoder else None
     if state.get('foreign'):
+        model = GPT(config, encoder)
         checkpoint.start_from(model, state['model'])
     else:
-        checkpoint.load_weights(model, state.get('ema') or state['model'])
+        model = with_weights(config, state.get('ema') or state['model'], encoder)
     checkpoint.check_encoder(model, state)
     return model.to(device).eval()
 

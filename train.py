@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, load_encoder
+from model import GPT, GPTConfig, load_encoder, with_weights
 from nanodrift import checkpoint, huggingface, sharding
 from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
@@ -386,8 +386,8 @@ class Trainer:
                        self.meta['vocab_size'])
 
     def _build_model(self, model_config, resumed):
-        """A new model: randomly initialised, or with weights copied from init_from. On resume its weights are loaded
-        later."""
+        """A new model: randomly initialised, or with weights copied from init_from, or with those of the checkpoint that the
+        run goes on from."""
         c = self.config
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
@@ -402,7 +402,8 @@ class Trainer:
         device = self.ranks.device  # manual_seed seeds every GPU, whose stream must stay the rank's own
         with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
             torch.manual_seed(c.seed)  # the same initial weights on every rank
-            model = GPT(model_config, load_encoder(model_config.encoder) if model_config.has_encoder else None)
+            encoder = load_encoder(model_config.encoder) if model_config.has_encoder else None
+            model = with_weights(model_config, resumed['model'], encoder) if resumed else GPT(model_config, encoder)
         if source is not None:
             fresh = checkpoint.start_from(model, source.get('ema') or source['model'], known_ids(source))
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
@@ -491,11 +492,10 @@ class Trainer:
                             f'new run from its weights: --init_from={self.config.out_dir} --out_dir=NEW') from None
 
     def _restore_state(self, state):
-        """The rest of a checkpoint; its tensors are copied, so that the caller can let go of it."""
+        """The rest of a checkpoint, whose weights the model has already; its tensors are copied."""
         checkpoint.check_encoder(self.model, state)
-        checkpoint.load_weights(self.model, sharding.share_weights(state['model'], self.model))
-        if self.ema:
-            self.ema.load(state.get('ema') or state['model'])
+        if self.ema and state.get('ema'):  # without one it starts at the weights
+            self.ema.load(state['ema'])
         settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(sharding.share_optimizer(state['optimizer'], self.optimizer))
         for group, now in zip(self.optimizer.param_groups, settings):

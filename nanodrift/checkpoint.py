@@ -223,14 +223,18 @@ def find(out_dir, which='best'):
 # weights into a model
 
 def load_weights(model, weights):
-    """Loads weights that match the model's names exactly. Raises UserError otherwise, also where an older version of this
-    model_type had fewer weights."""
+    """Makes the tensors of `weights` the model's own, without a copy. Raises UserError where the names do not match exactly,
+    also where an older version of this model_type had fewer weights."""
+    own = model.state_dict()
+    weights = {name: tensor.to(own[name].dtype).contiguous() if name in own else tensor for name, tensor in weights.items()}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
         first = str(e).splitlines()[1].strip()
         raise UserError(f'the weights are not those of the model that its model_args describe; another '
                         f'version may have written them (its commit is in config.json): {first[:150]}') from None
+    if EMBEDDING in own:
+        model.lm_head.weight = model.transformer.wte.weight  # the same tensor by two names became two parameters
 
 
 def start_from(model, weights, rows=None):

@@ -11,7 +11,7 @@ from nanodrift.kernels import rotate
 def rotary_rates(config):
     """By how much a step of one position rotates the i-th pair of coordinates, (H, D/2): the same for every head."""
     D = config.n_embd // config.n_head
-    return (10000.0 ** (-torch.arange(0, D, 2) / D)).repeat(config.n_head, 1)
+    return (10000.0 ** (-torch.arange(0, D, 2, device='cpu') / D)).repeat(config.n_head, 1)
 
 
 def plain_rotate(x, angles):
@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
         else:
             self.register_buffer('frequencies', rates, persistent=persistent)
         self.layer_norm = nn.LayerNorm(rates.size(1)) if use_norm else None
-        table = None if learned or use_norm else self.angles(torch.arange(block_size))
+        table = None if learned or use_norm else self.angles(torch.arange(block_size, device=rates.device))
         self.register_buffer('table', table, persistent=False)
         self.register_load_state_dict_post_hook(RotaryEmbedding._refresh)
 
@@ -66,7 +66,7 @@ class RotaryEmbedding(nn.Module):
 def local_attention_biases(rates, strength):
     """Biases of q and k (2, H, D), for rates (H, D/2), which rotary positions turn into a preference for a distance: the
     heads look one position back, one ahead, two back, and so on."""
-    head = torch.arange(len(rates))[:, None]
+    head = torch.arange(len(rates), device=rates.device)[:, None]
     angle = (1 + head // 2) * (head % 2 * 2 - 1) * rates
     near = strength * (rates > 0.05)  # slower pairs tell no neighbours apart
     q, k = (near, torch.zeros_like(near)), (near * angle.cos(), -near * angle.sin())

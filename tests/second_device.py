@@ -70,7 +70,7 @@ class SecondDevice(TorchDispatchMode):
         generator = kwargs.get('generator')
         if generator is not None and Generator.of[generator._cdata] != device:
             raise Mixed(f'{func} on {device} draws from a generator of another device')
-        if wanted is not None:
+        if wanted is not None and device != 'meta':  # what is made on meta stays there
             kwargs['device'] = torch.device('cpu')
         out = func(*tree_map_only(Numbers, lambda t: t.held, args), **tree_map_only(Numbers, lambda t: t.held, kwargs))
         if ours and (func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)

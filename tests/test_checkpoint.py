@@ -6,16 +6,20 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import FORKS, resume
 from test_train import assert_same_run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model import GPT, GPTConfig, load_model
-from nanodrift import checkpoint
+from model import GPT, GPTConfig, load_encoder, load_model
+from nanodrift import checkpoint, sharding
+from nanodrift.machine import Ranks
 from nanodrift.options import UserError
+from nanodrift.variants import VARIANTS
 
 KEYS = {'model', 'optimizer', 'scaler', 'model_args', 'config', 'tokenizer', 'iter_num', 'best_val_loss', 'random_states',
         'run_id', 'parents', 'commit'}
@@ -357,6 +361,90 @@ def test_positions_are_cut_and_never_made_up():
 def test_too_little_memory_on_resume_is_not_taken_for_damage(tiny, monkeypatch):
     config, *rest = tiny(max_iters=1)
     assert train.train(config, *rest) == 0
-    monkeypatch.setattr(checkpoint, 'load_weights', lambda *_: (_ for _ in ()).throw(RuntimeError('CUDA out of memory')))
+    fail = RuntimeError('CUDA out of memory')
+    monkeypatch.setattr(sharding, 'share_optimizer', lambda *_: (_ for _ in ()).throw(fail))
     with pytest.raises(RuntimeError, match='out of memory'):
         train.main([f'--out_dir={config.out_dir}', '--init_from=resume', '--max_iters=2'])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights out of a checkpoint: none is drawn first, none copied
+
+class Draws(TorchDispatchMode):
+    """While it is on: the operations that draw random numbers into memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and out.device.type != 'meta':
+            self.seen.append(str(func))
+        return out
+
+
+def memory_of(tensors):
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+def states_of(model):
+    """Hidden states, or embeddings, that a model makes of a training batch."""
+    rng, c = torch.Generator().manual_seed(1), model.config
+    tokens = torch.randint(c.vocab_size, (2, model.objective.window(c.block_size)), generator=rng)
+    X, Y, _ = model.objective.make_batch(tokens, rng)
+    return model.embeddings(X, Y) if c.outputs_embeddings else model.trunk(X)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', [*VARIANTS, 'token drift', 'drafts', 'shifted blocks'])
+def test_a_model_is_made_of_the_tensors_of_its_checkpoint(tiny, name):
+    _, config = tiny(**VARIANTS.get(name, {'model_type': name}))
+    config.vocab_size = 257
+    model = GPT(config, load_encoder(config.encoder) if config.has_encoder else None).eval()
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    state, before = {'model': model.state_dict(), 'model_args': asdict(config)}, torch.get_rng_state()
+    with Draws() as draws:
+        loaded = load_model(state)
+    assert not draws.seen and torch.equal(torch.get_rng_state(), before)
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert memory_of(loaded.parameters()) == memory_of(model.parameters())
+    for (_, mine), (_, theirs) in zip(loaded.named_buffers(), model.named_buffers(), strict=True):
+        assert mine.device.type == 'cpu' and torch.equal(mine, theirs)
+    assert config.outputs_embeddings or loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(states_of(loaded), states_of(model))
+
+
+def test_a_buffer_that_no_checkpoint_holds_must_name_its_device(monkeypatch):
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8)
+    build, weights = GPT.build, GPT(config).state_dict()
+
+    def with_buffer(self, config):
+        self.register_buffer('seen', torch.ones(3), persistent=False)
+        return build(self, config)
+    monkeypatch.setattr(GPT, 'build', with_buffer)
+    with pytest.raises(AssertionError, match='seen.*device="cpu"'):
+        load_model({'model': weights, 'model_args': asdict(config)})
+
+
+def test_tensors_of_another_type_or_layout_are_converted():
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8)
+    weights = dict(GPT(config).state_dict())
+    weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'].bfloat16()
+    turned = weights['transformer.h.0.mlp.c_fc.weight'] = weights['transformer.h.0.mlp.c_fc.weight'].t().contiguous().t()
+    model = load_model({'model': weights, 'model_args': asdict(config)})
+    assert all(p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad for p in model.parameters())
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, turned)
+
+
+@pytest.mark.parametrize('model_type', ['gpt2', 'rotating', 'drifting'])
+def test_a_run_goes_on_in_the_tensors_of_its_checkpoint(tiny, model_type):
+    config, model_config = tiny(model_type=model_type, max_iters=2)
+    train.train(config, model_config)
+    *configs, state = train.read_settings(['--init_from=resume', f'--out_dir={config.out_dir}'])
+    memory = memory_of(state['model'].values())
+    with Draws() as draws:
+        trainer = train.Trainer(*configs, Ranks(), state)
+    assert not draws.seen and memory_of(trainer.model.parameters()) == memory
+    assert len(trainer.optimizer.state) == len(list(trainer.model.parameters()))
