@@ -42,6 +42,7 @@ def test_gpt2_medium_is_the_published_recipe_whichever_file_is_named(name):
     assert (model.n_layer, model.n_head, model.n_embd) == (24, 16, 1024)
     assert model.block_size == (512 if model.model_type == 'duo' else 1024)
     assert (c.dataset, c.num_epochs, c.learning_rate, c.lr_schedule) == ('wikitext-103', 5, 1e-4, 'linear')
+    assert not c.gradient_checkpointing  # by the plan a GPU of 80 GB does not need it
     assert (c.weight_decay, c.warmup_ratio) == (0.01, 0.1) and c.batch_size * c.gradient_accumulation_steps == 64
     with open(path, encoding='utf-8') as f:
         assert 'Not run here' in f.read()

@@ -14,7 +14,7 @@ from test_machine import finish
 from test_train import metrics
 
 import train
-from nanodrift import drafting, kv_cache
+from nanodrift import drafting, kernels, kv_cache
 from nanodrift.machine import Ranks
 from nanodrift.refinement import ORDERS, REMASKS, RefineConfig
 
@@ -63,6 +63,26 @@ def step(trainer, mode):
     trainer._step()
     assert trainer.model.device.type == second_device.SECOND
     return mode.operations, mode.bytes / 1e6, mode.copied, mode.waits.total(), numbers
+
+
+def score_statistics(trainer, mode, T):
+    """Forward and backward of one head: operations, and how often they read or write T x T floats."""
+    q, k = (torch.randn(1, T, 32).to(trainer.ranks.device) for _ in range(2))
+    found = []
+    mode.operations, mode.bytes = 0, 0
+    top, purity, lse, best = kernels.score_statistics._init_fn(q, k)  # the operator itself counts as one operation
+    found += mode.operations, mode.bytes / (4 * T * T)
+    kernels.score_statistics_backward._init_fn(q, k, best, purity, lse, top, purity)
+    return found + [mode.operations - found[0], mode.bytes / (4 * T * T) - found[1]]
+
+
+def test_what_adaptive_heat_costs(second):
+    """The numbers of docs/scaling.md."""
+    more = {'model_type': 'heat', 'heat_t': 'adaptive'}
+    operations, megabytes, *_ = second(step, **more)
+    assert operations <= 416 and megabytes <= 6.5  # gpt2: 244 and 3.5
+    forward, reads, backward, reads_back = second(score_statistics, 1024, out_dir='statistics', **more)
+    assert (forward, backward) <= (156, 154) and reads < 8 and reads_back < 12.5
 
 
 def as_there(trainer):
