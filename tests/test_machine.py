@@ -61,7 +61,9 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     for mine, theirs in zip(metrics(one.out_dir), metrics(tmp_path / 'two'), strict=True):
         assert {k for k, v in mine.items() if v is None} == {k for k, v in theirs.items() if v is None}
         known = {k: v for k, v in mine.items() if v is not None}
-        assert known == pytest.approx({k: theirs[k] for k in known}, rel=1e-5 if band == 1e-6 else 1e-4)
+        # abs: the measured field at temperature 0.02 magnifies what distances differ by 50 times, and may be near 0
+        close = {'rel': 1e-5} if band == 1e-6 else {'rel': 1e-4, 'abs': 1e-6}
+        assert known == pytest.approx({k: theirs[k] for k in known}, **close)
 
 
 def save_gradients(argv, path):
