@@ -846,7 +846,8 @@ def test_an_option_of_another_type_is_rejected_by_name():
     drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
     of_the_field = [f.name for f in fields(GPTConfig) if f.metadata['needs'].get('diffusion_objective') == 'drift']
     blocks = {'diffusion_objective': 'nelbo', 'diffusion_block': SIZES['block_size']}
-    together = {'diffusion': dict.fromkeys(of_the_field, drift) | {'diffusion_block': blocks, 'diffusion_shift': blocks},
+    of_blocks = dict.fromkeys(('diffusion_block', 'diffusion_shift', 'diffusion_complement'), blocks)
+    together = {'diffusion': dict.fromkeys(of_the_field, drift) | of_blocks,
                 'heat': {'heat_t_min': ADAPTIVE, 'heat_t_max': ADAPTIVE, 'published': ADAPTIVE}}
     assert len(of_the_field) == 5
     for f in fields(GPTConfig):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import ROOT, TINY, run_here, run_script
 
 import prepare
 import sample
@@ -24,7 +24,7 @@ def out_dir(tmp_path_factory, data_dir):
 
 def test_samples_are_reproducible_by_seed_and_count_their_speed(out_dir):
     words = ['sample.py', f'--out_dir={out_dir}', '--num_samples=3', '--max_new_tokens=12', '--start=ab']
-    first, again, other = run_script(*words), run_script(*words), run_script(*words, '--seed=1')
+    first, again, other = run_script(*words), run_here(*words), run_here(*words, '--seed=1')
     assert first.stdout == again.stdout != other.stdout
     samples = first.stdout.split('---------------\n')[:-1]
     assert len(samples) == 3 and all(s.startswith('ab') for s in samples)
@@ -33,18 +33,18 @@ def test_samples_are_reproducible_by_seed_and_count_their_speed(out_dir):
 
 def test_one_sample_streams_the_text_that_a_batch_prints(out_dir):
     words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--max_new_tokens=30', '--start=the ']
-    one, two = run_script(*words, '--num_samples=1'), run_script(*words, '--num_samples=2')
+    one, two = run_here(*words, '--num_samples=1'), run_here(*words, '--num_samples=2')
     assert one.stdout.rstrip('\n') == two.stdout.split('\n---------------\n')[0].rstrip('\n')
 
 
 def test_prompts_from_a_file_and_an_empty_one(out_dir, tmp_path):
     (tmp_path / 'p.txt').write_text('héllo', encoding='utf-8')
     words = ['sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=3']
-    assert run_script(*words, f'--start=FILE:{tmp_path / "p.txt"}').stdout.startswith('héllo')
-    assert run_script(*words, '--start=').returncode == 0
+    assert run_here(*words, f'--start=FILE:{tmp_path / "p.txt"}').stdout.startswith('héllo')
+    assert run_here(*words, '--start=').returncode == 0
     long = tmp_path / 'long.txt'
     long.write_text('abc ' * 500, encoding='utf-8')  # far past block_size
-    assert run_script(*words, f'--start=FILE:{long}').stdout.startswith('abc abc')
+    assert run_here(*words, f'--start=FILE:{long}').stdout.startswith('abc abc')
 
 
 def test_generation_stops_at_end_of_text(out_dir):
@@ -81,7 +81,7 @@ def test_streaming_never_splits_a_character(capsys):
     (['--init_from=gpt2'], 'hf:'),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(out_dir, wrong, fix):
-    done = run_script('sample.py', f'--out_dir={out_dir}', *wrong, check=False)
+    done = run_here('sample.py', f'--out_dir={out_dir}', *wrong)
     assert done.returncode == 2 and fix in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
 
@@ -89,7 +89,7 @@ def test_hugging_face_weights_are_sampled_without_training(tmp_path):
     transformers = pytest.importorskip('transformers')
     config = transformers.GPT2Config(n_positions=32, n_layer=1, n_head=2, n_embd=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    done = run_script('sample.py', f'--init_from=hf:{tmp_path}', '--num_samples=1', '--max_new_tokens=5', '--start=Hello')
+    done = run_here('sample.py', f'--init_from=hf:{tmp_path}', '--num_samples=1', '--max_new_tokens=5', '--start=Hello')
     assert done.stdout.startswith('Hello')
 
 
@@ -108,14 +108,14 @@ def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
 
 def test_drafts_are_counted_and_change_nothing(out_dir):
     words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12']
-    plain, drafted = run_script(*words), run_script(*words, '--draft=ngram')
+    plain, drafted = run_here(*words), run_here(*words, '--draft=ngram')
     assert drafted.stdout == plain.stdout and 'tokens per forward pass' in drafted.stderr
 
 
 def test_end_of_text_in_a_prompt_is_its_id_and_long_prompts_are_cut_aloud(out_dir):
     tokenizer = sample.tokenizer_from_meta(checkpoint.load(checkpoint.find(out_dir))['tokenizer'])
     assert sample.encode_prompt(tokenizer, 'a<|endoftext|>b<|endoftext|>') == [97, 256, 98, 256]
-    done = run_script('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=2', '--start=' + 'ab' * 20)
+    done = run_here('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=2', '--start=' + 'ab' * 20)
     assert 'the prompt has 40 tokens; the model reads the last block_size=16' in done.stderr
     assert done.stdout.startswith('ab' * 20)
 
@@ -125,9 +125,9 @@ def test_the_default_prompt_needs_no_newline_in_the_vocabulary(tmp_path, capsys)
     prepare.main([f'--input={tmp_path}/dna.txt', '--name=dna', '--tokenizer=char', f'--data_dir={tmp_path}'])
     settings = TINY | {'data_dir': str(tmp_path), 'dataset': 'dna_char', 'max_iters': 2, 'out_dir': str(tmp_path / 'out')}
     main([f'--{key}={value}' for key, value in settings.items()])
-    done = run_script('sample.py', f'--out_dir={tmp_path}/out', '--num_samples=1', '--max_new_tokens=8')
+    done = run_here('sample.py', f'--out_dir={tmp_path}/out', '--num_samples=1', '--max_new_tokens=8')
     assert set(done.stdout.strip()) <= set('ACGT')
-    wrong = run_script('sample.py', f'--out_dir={tmp_path}/out', '--start=x', check=False)
+    wrong = run_here('sample.py', f'--out_dir={tmp_path}/out', '--start=x')
     assert wrong.returncode == 2 and 'no id' in wrong.stderr
 
 
@@ -135,7 +135,7 @@ def test_drafts_of_what_cannot_check_them_are_refused(tmp_path, data_dir, out_di
     settings = TINY | {'data_dir': data_dir, 'dataset': 'tiny_byte', 'max_iters': 2, 'out_dir': str(tmp_path / 'out'),
                        'model_type': 'heat', 'heat_t': 'adaptive', 'published': True}
     main([f'--{key}={value}' for key, value in settings.items()])
-    done = run_script('sample.py', f'--out_dir={tmp_path}/out', '--draft=ngram', check=False)
+    done = run_here('sample.py', f'--out_dir={tmp_path}/out', '--draft=ngram')
     assert done.returncode == 2 and 'sees the future' in done.stderr
-    done = run_script('sample.py', f'--out_dir={out_dir}', '--draft_tokens=3', check=False)
+    done = run_here('sample.py', f'--out_dir={out_dir}', '--draft_tokens=3')
     assert done.returncode == 2 and 'draft=ngram' in done.stderr
