@@ -47,6 +47,7 @@ TINY = dict(data_order='epoch', batch_size=4, max_iters=6, eval_interval=3, eval
 
 # to train: an objective that couples the batch is a way of its own, and so are two streams in one pass
 WAYS = (*TYPES, 'token drift', 'blocks', 'shifted blocks', 'drafts')
+QUICK = ('gpt2', 'diffusion', 'drifting')  # where every type takes long, the others are `slow`
 BLOCKS = {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4}
 
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts

@@ -1,7 +1,7 @@
 """Every type, variant and objective in 16-bit numbers, which are what a GPU and many CPUs train in by default."""
 import pytest
 import torch
-from conftest import WAYS
+from conftest import QUICK, WAYS
 from test_train import load, metrics
 
 import train
@@ -63,8 +63,9 @@ def assert_near(short, exact, band):
     assert short == pytest.approx(exact, rel=band)
 
 
-@pytest.mark.parametrize('dtype', [name for name in DTYPES if name != 'float32'])
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name, dtype', [
+    *((name, 'bfloat16') for name in CASES),
+    *(pytest.param(name, 'float16', marks=() if name in QUICK else pytest.mark.slow) for name in CASES)])
 def test_every_kind_trains_evaluates_and_writes_in_16_bits(trained, name, dtype):
     band = 0.2 if name.startswith('drifting') else LOSS_BAND[dtype]  # its field is normalised, and so is its noise
     assert_near(trained(name, dtype), trained(name, 'float32'), band)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import second_device
 import torch
-from conftest import WAYS
+from conftest import QUICK, WAYS
 from test_machine import finish
 from test_train import metrics
 
@@ -26,7 +26,6 @@ OPERATIONS = {'drafts': 420, 'rotating': 400, 'duo': 600, 'blocks': 430, 'shifte
 MEGABYTES = {'drafts': 8, 'duo': 8, 'blocks': 6, 'shifted blocks': 13, 'drifting': 30, 'token drift': 22}
 
 
-QUICK = ('gpt2', 'diffusion', 'drifting')
 every_way = pytest.mark.parametrize('model_type', [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow)
                                                    for way in WAYS])
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import BLOCKS, ROOT, TINY, local_task
+from conftest import BLOCKS, QUICK, ROOT, TINY, local_task
 from test_train_diffusion_attention import SMALL as SMALL_EXPERIMENT
 
 import prepare
@@ -126,8 +126,14 @@ READING = sorted({c for _, c in COMMANDS if c.split()[1] in READERS})
 OTHERS = sorted({c for _, c in COMMANDS} - {*TRAINING, *READING})
 
 
+def of_every_type(command):
+    """Cases of a command; most types take long together."""
+    return [pytest.param(command, name, marks=() if name in QUICK else pytest.mark.slow) for name in TYPES]
+
+
 @pytest.mark.parametrize('command, model_type', [
-    (command, name) for command in TRAINING for name in (['gpt2'] if of_one_type(split(command)[1]) else TYPES)])
+    case for command in TRAINING
+    for case in ([(command, 'gpt2')] if of_one_type(split(command)[1]) else of_every_type(command))])
 def test_training(place, command, model_type):
     assert run_training(split(command)[1], model_type) == 0
 
@@ -141,7 +147,8 @@ def type_of(command):
 
 
 @pytest.mark.parametrize('command, model_type', [
-    (command, name) for command in READING for name in ([type_of(command)] if type_of(command) not in TYPES else TYPES)])
+    case for command in READING
+    for case in ([(command, type_of(command))] if type_of(command) not in TYPES else of_every_type(command))])
 def test_reading_a_run(place, trained, command, model_type, capsys):
     """What reads a run, on that run and on one of every type; what a type has no use for is one line that says so."""
     script, args = split(command)

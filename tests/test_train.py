@@ -89,8 +89,9 @@ HARD = dict(max_iters=8, eval_interval=4, dropout=0.1, gradient_accumulation_ste
 # resuming
 
 @every_type
-@pytest.mark.parametrize('order', ['epoch', 'random'])
-@pytest.mark.parametrize('stop', [3, 4, 7, 8])
+@pytest.mark.parametrize('order, stop', [
+    ('epoch', 3), ('epoch', 4), ('epoch', 7), ('epoch', 8), ('random', 4),
+    *(pytest.param('random', stop, marks=pytest.mark.slow) for stop in (3, 7, 8))])
 def test_resuming_is_exact(tiny, at_iteration, model_type, order, stop):
     overrides = HARD | dict(model_type=model_type, data_order=order)
     straight, *rest = tiny(out_dir='straight', **overrides)
