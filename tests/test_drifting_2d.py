@@ -40,6 +40,7 @@ def test_points_drift_to_the_data():
     assert far[-1] < far[0] / 3, far
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_and_the_last_line_is_json(tmp_path, capsys):
     main(['--data=moons', '--seeds=1,2', '--steps=10', '--batch_size=16', f'--figure={tmp_path}/plane.png'])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])['moons']) == 2

@@ -22,7 +22,8 @@ def test_what_autograd_keeps():
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'rotating gp', 'heat', 'duo', 'diffusion', 'diffusion blocks', 'drifting'])
-@pytest.mark.parametrize('n_layer, n_head, n_embd, block_size', [(3, 2, 128, 64), (6, 3, 192, 96), (2, 4, 256, 128)])
+@pytest.mark.parametrize('n_layer, n_head, n_embd, block_size', [
+    (3, 2, 128, 64), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((6, 3, 192, 96), (2, 4, 256, 128)))])
 def test_larger_models_keep_what_the_plan_says(name, n_layer, n_head, n_embd, block_size):
     """Within a tenth: of a step over 2 texts more, whatever does not grow with these."""
     changes = VARIANTS[name]

@@ -653,6 +653,7 @@ print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the peak from /proc')
 @pytest.mark.parametrize('separator, tokenizer', [('', 'byte'), (EOT_TEXT, 'char')])
 def test_memory_is_bounded(tmp_path, separator, tokenizer):

@@ -697,6 +697,7 @@ def test_compiled_training_is_nearly_the_same(losses_of, tmp_path):
     assert set(load(str(tmp_path / 'compiled'))['model']) == set(load(str(tmp_path / 'eager'))['model'])
 
 
+@pytest.mark.slow
 def test_without_a_compiler_training_goes_on_with_one_warning(command_line, tmp_path):
     env = dict(CXX='/no/such/compiler', PATH='/nowhere', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
     done = run_script('train.py', *command_line(compile=True), env=env)
