@@ -76,7 +76,7 @@ class CompareConfig:
         for key, values in (('variants', self.names), ('seeds', self.numbers)):
             if len(set(values)) < len(values):
                 raise UserError(f'{key}={getattr(self, key)}: one is named twice')
-        others = HELPER_SEEDS | ({'tries': TUNING_SEED} if self.tune else {})
+        others = HELPER_SEEDS | {'tries': TUNING_SEED}
         taken = [f'{seed} is that of the {name}' for name, seed in others.items() if seed in self.numbers]
         if taken:
             raise UserError(f'seeds={self.seeds}: {" and ".join(taken)}; name others')

@@ -338,6 +338,8 @@ class GPT(nn.Module):
         for block in self.layers:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known
         if self.encoder is not None:
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(16, limit)  # both models compile the same code
             self.encoder.compile_blocks()
 
     def shorten_linears(self, dtype):
@@ -348,8 +350,8 @@ class GPT(nn.Module):
                 module.to(dtype)
 
     def compile_head(self):
-        """On CPUs compiled code takes longer in float32 than what it replaces."""
-        if self.device.type != 'cpu':
+        """On GPUs alone: on CPUs compiled code takes longer in float32 than what it replaces."""
+        if self.device.type == 'cuda':
             self.softmax = torch.compile(kernels.exponentials, dynamic=False)
 
     def recompute_blocks(self):
@@ -483,7 +485,7 @@ class DiffusionTime(nn.Module):
         last = self.mlp[-1]  # not under autocast: a log t of 8 bits would be off by a percent
         log_t = (self.mlp[:-1](statistics).float() * last.weight.float()).sum(-1, keepdim=True) + last.bias.float()
         t = log_t.clamp(self.log_min, self.log_max).exp()
-        if not self.training:
+        if not self.training and mask is None:
             self.last = t.detach().mean()  # for the log
         return t
 

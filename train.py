@@ -492,7 +492,7 @@ class Trainer:
                             f'new run from its weights: --init_from={self.config.out_dir} --out_dir=NEW') from None
 
     def _restore_state(self, state):
-        """The rest of a checkpoint, whose weights the model has already; its tensors are copied."""
+        """The rest of a checkpoint, whose weights the model has already; its tensors are copied or taken over."""
         checkpoint.check_encoder(self.model, state)
         if self.ema and state.get('ema'):  # without one it starts at the weights
             self.ema.load(state['ema'])

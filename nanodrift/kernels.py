@@ -58,7 +58,8 @@ def exponentials(product, targets, vocab_size, flag=None, buffer=None):
     product (n, Vp), the logits, and targets (n,) -> losses (n,); e (n, Vp), in place of the product; s (n, 1); whether the
     argmax is `flag` (n,), None without a flag.
 
-    softmax = e / s in float32 and bfloat16, e / s^2 in float16. buffer: float32 (n, Vp) to be used in place of new memory.
+    softmax = e / s; in float16 both are divided by the root of the sum. buffer: float32 (n, Vp) to be used in place of new
+    memory.
     """
     logits = product.float() if buffer is None else buffer.copy_(product)
     logits[:, vocab_size:] = -math.inf  # the padding has no text and no probability

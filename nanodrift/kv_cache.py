@@ -5,14 +5,15 @@ The KV cache: keys and values of earlier passes, so that generation computes eac
 dropout and scale of the caller. In comments B is the batch, H the heads, T the positions of a pass, D the width of a head.
 """
 import sys
+import weakref
 
 import torch
 import torch.nn.functional as F
 
 from nanodrift.machine import compute_dtype
 
-RECORDED = ('cuda',)  # on these devices a step is recorded once and repeated
-RECORDED_FROM = 16  # tokens to go, from which on that pays
+RECORDED = ('cuda',)  # on these devices a step is recorded and repeated: after so many single steps, since many texts end
+RECORDED_AFTER, RECORDED_FROM = 8, 16  # early, and with so many tokens to go that it pays
 
 
 class KVCache:
@@ -31,15 +32,16 @@ class KVCache:
         dtype = torch.float32 if weight.device.type == 'cpu' else compute_dtype(weight)
         self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype).unbind(0)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
-        self.step = None
+        self.step, self.single_steps = None, 0
 
     def read(self, model, ids):
         """Reads further tokens (B, T) of all rows, which hold equally many; returns the logits (B, n_logits) of the next."""
         T, held = ids.size(1), int(self.lengths[0])
-        if T == 1 and self.step is None and ids.device.type in RECORDED and self.k.size(3) - held >= RECORDED_FROM:
-            self.step = Step(model, self)
+        self.single_steps += T == 1
+        if self.single_steps > RECORDED_AFTER and self.step is None and ids.device.type in RECORDED:
+            self.step = Step(model, self) if self.k.size(3) - held >= RECORDED_FROM else None
         if T == 1 and self.step is not None:
-            logits = self.step(ids, held)
+            self.rows, logits = None, self.step(ids, held)
         else:
             logits = model.head(model.trunk(ids, self.begin(T))[:, -1])
         self.keep(T)
@@ -105,7 +107,7 @@ class KVCache:
 
 class NextToken(KVCache):
     """A pass over one token of each row, whose place is a number on the device: the same work on the same memory, however
-    many positions are held."""
+    many positions are held. So attention reads all that the cache has room for."""
 
     def __init__(self, cache, place):
         """place (1,): how many positions each row of the cache holds."""
@@ -122,7 +124,8 @@ class Step:
     """
 
     def __init__(self, model, cache):
-        self.model, self.cache, device = model, cache, cache.k.device
+        # the cache holds this step: it would not be freed when nothing else holds it
+        self.model, self.cache, device = model, weakref.proxy(cache), cache.k.device
         self.ids = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.repeat = None
@@ -131,9 +134,12 @@ class Step:
         """ids (B, 1), the next token of each row, which holds so many -> logits (B, n_logits)."""
         self.ids.copy_(ids)
         self.place.fill_(held)
-        if self.repeat is None:
-            self.repeat = recorded(self.compute) if ids.device.type == 'cuda' else self.compute
-        self.repeat()
+        if ids.device.type != 'cuda':
+            self.compute()
+        else:
+            with torch.cuda.device(ids.device):
+                self.repeat = self.repeat or recorded(self.compute)
+                self.repeat()
         return self.logits.clone()  # the next step overwrites them
 
     def compute(self):
@@ -146,17 +152,20 @@ class Step:
 
 def recorded(function):
     """`function` recorded as a CUDA graph, or `function` itself if recording fails. It must not wait for the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):  # libraries allocate and choose at first
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             function()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as e:
+        torch.cuda.set_stream(before)
         print(f'warning: CUDA graphs do not work here, going on without them ({str(e).splitlines()[0]})', file=sys.stderr)
         return function
     return graph.replay

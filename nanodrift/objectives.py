@@ -230,7 +230,8 @@ def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift, complement=Fals
         masked, count, text = (torch.stack(copies, dim=2).flatten(1, 2) for copies in (
             (masked, order >= count - 1), (count, block + 1 - count), (text, text)))
     noisy = text.masked_fill(masked, mask).flatten(1)
-    return clean_and_noisy(tokens, noisy, block, shift), text.flatten(1), (masked * block / count).float().flatten(1)
+    text = text.flatten(1).contiguous()
+    return clean_and_noisy(tokens, noisy, block, shift), text, (masked * block / count).float().flatten(1)
 
 
 def clean_and_noisy(tokens, noisy, block, shift):

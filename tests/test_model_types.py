@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+import weakref
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -221,14 +222,18 @@ def test_rows_of_a_cache_may_hold_different_numbers_of_positions(variant):
 def test_a_step_that_is_the_same_work_each_time_gives_the_logits_of_the_cache(monkeypatch, variant, dtype):
     """What a GPU records."""
     model, idx, found = make(spread=0.3, **VARIANTS[variant]), tokens(3, 32), []
-    monkeypatch.setattr(kv_cache, 'RECORDED_FROM', 20)
+    monkeypatch.setattr(kv_cache, 'RECORDED_AFTER', 3)
+    first = 1 if dtype == torch.float32 else 5
     for devices in ((), ('cpu',)):
         monkeypatch.setattr(kv_cache, 'RECORDED', devices)
         cache = KVCache(model, 3, 32)
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            parts = [cache.read(model, part) for part in (idx[:, :5], *idx[:, 5:].split(1, dim=1))]
+            parts = [cache.read(model, part) for part in (idx[:, :first], *idx[:, first:].split(1, dim=1))]
         found.append(torch.stack(parts).float())
         assert (cache.step is None) == (not devices)
+        freed = weakref.ref(cache)
+        del cache
+        assert freed() is None  # a GPU's memory does not wait for the garbage collector
     assert_close(found[1], found[0], 1e-5 if dtype == torch.float32 else 0.05)
 
 
