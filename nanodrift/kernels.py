@@ -91,10 +91,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
     Sum of weight * cross entropy of x @ W^T, chunk by chunk, gradients taken in the forward pass.
 
-    The (N, V) logits are by far the largest tensor of a small language model; here a chunk of them is
-    overwritten in place (logits, then exponentials). With e = exp(logits - max) and
-    s = sum e, the gradient (e/s - onehot) W is computed as (e W)/s - W[y], and its transpose likewise, so that, except
-    in float16, no pass over the chunk is spent on dividing, and none on the one-hot.
+    The (N, V) logits are by far the largest tensor of a small language model; here a chunk of them is overwritten in place
+    (logits, then exponentials). With e = exp(logits - max) and s = sum e, the gradient (e/s - onehot) W is computed as
+    (e W)/s - W[y], and its transpose likewise, so that, except in float16, no pass over the chunk is spent on dividing, and
+    none on the one-hot.
     """
 
     @staticmethod

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from nanodrift.machine import compute_dtype
 
-RECORDED = ('cuda',)  # on these devices a step is recorded and repeated: after so many single steps, since many texts end
-RECORDED_AFTER, RECORDED_FROM = 8, 16  # early, and with so many tokens to go that it pays
+RECORDED = ('cuda',)  # devices on which a step is recorded once and then repeated
+RECORDED_AFTER = 8  # steps without a record, since many texts end early
+RECORDED_FROM = 16  # tokens to go, at least: fewer are written sooner than a step is recorded
 
 
 class KVCache:
