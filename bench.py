@@ -25,9 +25,8 @@ from functools import partial
 import torch
 
 from model import GPT, TYPES, Generator, GPTConfig
-from nanodrift import plan
+from nanodrift import kernels, plan
 from nanodrift.data import Windows, derive_seed, load_meta
-from nanodrift.kernels import padded_vocab_size
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, one_of, option, read_values, run, split_numbers
 from nanodrift.variants import first_of_each_type, variants_of
@@ -63,6 +62,7 @@ class BenchConfig:
         check_options(self)
 
 
+PRODUCTS = 'products alone'
 BENCHED = {name: changes for name, changes in variants_of(TYPES).items() if changes.get('model_type') != 'drifting'}
 
 
@@ -117,7 +117,7 @@ def nanogpt_side(config, model_config, device, dtype):
     sys.modules['nanogpt_model'] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     c = model_config
-    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=padded_vocab_size(c.vocab_size),
+    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=kernels.padded_vocab_size(c.vocab_size),
                                         n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout,
                                         bias=c.bias))
     torch.manual_seed(config.seed)
@@ -138,6 +138,23 @@ def nanogpt_side(config, model_config, device, dtype):
             model.generate(prompt, count, 0.8, 200)
 
     return Side('nanoGPT', model, optimizer, step, generate)
+
+
+def products_side(model, streams, dtype):
+    """Only the matrix products of generation, in the form that they have there: reading the weights is what bounds it."""
+    device = model.lm_head.weight.device
+    with autocast(device, dtype):
+        packed = kernels.pack_weights(model, rows=streams)
+    linears = [module for module in model.modules() if isinstance(module, kernels.Linear)]
+    calls = [(packed.get(linear, linear), torch.randn(streams, 1, linear.in_features, device=device)) for linear in linears]
+
+    def generate(prompt, count):
+        with torch.inference_mode(), autocast(device, dtype):
+            for _ in range(count):
+                for product, x in calls:
+                    product(x)
+
+    return Side(PRODUCTS, model, None, None, generate)
 
 
 def type_side(name, config, model_config, device, dtype):
@@ -323,10 +340,14 @@ def report(title, times, tokens, unit_flops=None, peak=None):
             rows[name]['ratio'] = round(statistics.median(ratios), 3)
             print(f'  {name:<20} takes {rows[name]["ratio"]:.3f} times the time of gpt2 '
                   f'[{min(ratios):.3f} to {max(ratios):.3f}, round by round]', flush=True)
-    elif len(times) == 2:
+    elif 'nanoGPT' in times:
         ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanoGPT'])]
         rows['ratio'] = round(statistics.median(ratios), 2)
         print(f'  ours is {rows["ratio"]:.2f} times as fast [{min(ratios):.2f} to {max(ratios):.2f}, round by round]')
+    if PRODUCTS in times:
+        shares = [alone / ours for ours, alone in zip(times['ours'], times[PRODUCTS])]
+        rows['share_of_products'] = round(statistics.median(shares), 3)
+        print(f'  the matrix products are {rows["share_of_products"]:.1%} of the time of ours')
     return rows
 
 
@@ -415,7 +436,8 @@ def measure(config, c, sides, device, dtype, peak):
     if config.part in ('speed', 'generate'):
         for n in streams:
             title = f'generation, {n} stream(s) of {config.new_tokens} tokens'
-            result[f'generate_{n}'] = report(title, bench_generate(config, sides, device, n), n * config.new_tokens)
+            times = bench_generate(config, [*sides, products_side(sides[0].model, n, dtype)], device, n)
+            result[f'generate_{n}'] = report(title, times, n * config.new_tokens)
         result['generate_peak_MiB'] = report_memory(names, 'generate')
     return result
 

@@ -35,6 +35,7 @@ def test_alone():
     for part in ('train', 'generate_1', 'generate_2'):
         row = found[part]['ours']
         assert 0 < row['ms_min'] <= row['ms'] <= row['ms_max'] and row['tokens_per_s'] > 0
+    assert found['generate_1']['share_of_products'] > 0
 
 
 @pytest.mark.slow
