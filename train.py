@@ -140,7 +140,9 @@ class Trainer:
             torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
         self.model = self._build_model(model_config, resumed)
         if self.sharded:
-            sharding.shard(self.model, ranks.world_size)
+            sharding.shard(self.model, ranks.device, ranks.world_size)
+        else:
+            self.model.to(ranks.device)
         self.objective = objective or self.model.objective
         self.windows = {split: self._windows(split) for split in ('train', 'val')}
         self.examples_per_iter = config.batch_size * config.gradient_accumulation_steps
@@ -386,8 +388,8 @@ class Trainer:
                        self.meta['vocab_size'])
 
     def _build_model(self, model_config, resumed):
-        """A new model: randomly initialised, or with weights copied from init_from, or with those of the checkpoint that the
-        run goes on from."""
+        """A new model on the CPU: randomly initialised, or with weights copied from init_from, or with those of the
+        checkpoint that the run goes on from."""
         c = self.config
         model_config.vocab_size = self.meta['vocab_size']
         if resumed is not None:
@@ -418,7 +420,7 @@ class Trainer:
         if c.gradient_checkpointing:
             for network in filter(None, (model, model.encoder)):
                 network.recompute_blocks()
-        return model.to(self.ranks.device)
+        return model
 
     def _source_of_weights(self, model_config):
         """The checkpoint that --init_from=hf:NAME or --init_from=DIR names, of the same vocabulary as the data."""

@@ -19,16 +19,19 @@ def blocks_of(model):
     return (model.generator if model.config.outputs_embeddings else model.transformer).h
 
 
-def shard(model, world_size):
-    """Shares out the parameters, blocks one by one. What is left, embeddings and head above all, stays gathered from the
-    forward to the backward pass, because losses and metrics use it outside of the model's own forward."""
+def shard(model, device, world_size):
+    """Shares out the parameters of a model on the CPU. Blocks move to the device one by one, so that it never holds the
+    whole model. What is left, embeddings and head above all, stays gathered from the forward to the backward pass, because
+    losses and metrics use it outside of the model's own forward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(model.device.type, (world_size,))
+    mesh = init_device_mesh(device.type, (world_size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    if model.encoder is not None:
+        model.encoder.to(device)
     for name in ('trunk', 'embeddings'):  # which metrics and targets call as they call forward
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
