@@ -334,6 +334,9 @@ class GPT(nn.Module):
         a whole model."""
         if self.device.type == 'cpu':  # otherwise compiled code would draw dd's noise one number at a time
             torch._inductor.config.fallback_random = True
+        if self.device.type == 'mps':
+            torch._dynamo.config.suppress_errors = True  # what Metal's compiler cannot build runs uncompiled
+        torch._dynamo.config.optimize_ddp = False  # DDP's buckets would cut the one graph of all blocks in two
         self.compile_head()
         for block in self.layers:
             block.compile(dynamic=False)  # few shapes occur, and each is faster for being known

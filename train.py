@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig, load_encoder, with_weights
 from nanodrift import checkpoint, huggingface, sharding
 from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta
-from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, setup_ranks
+from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, read_later, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, mistake, option, read_values, run
 from nanodrift.runlog import RunLog, tell
@@ -216,13 +216,14 @@ class Trainer:
         votes = total.new_zeros(len(STOPPING))
         if self.stop_signal:
             votes[STOPPING.index(self.stop_signal)] = 1
-        self.outcome = lr, norm, ranks.sum(torch.cat((total[None] / ranks.world_size, votes)))
+        loss_and_votes = ranks.sum(torch.cat((total[None] / ranks.world_size, votes)))
+        self.outcome = lr, read_later(torch.cat((norm[None], loss_and_votes)))
         self.iter_num += 1
         self.examples_seen += self.examples_per_iter
         if not self.late:
             self._settle()
         elif not self.scaler.is_enabled():  # which does the same: the fused optimizer skips this update
-            self.optimizer.found_inf = (~torch.isfinite(norm + self.outcome[2][0])).float()
+            self.optimizer.found_inf = (~torch.isfinite(norm + loss_and_votes[0])).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,9 +234,9 @@ class Trainer:
         """Reads what came of the last iteration, checks and logs it."""
         if self.outcome is None:
             return
-        lr, norm, reduced = self.outcome
-        loss, *votes = reduced.tolist()
-        norm, self.outcome = float(norm), None
+        lr, read = self.outcome
+        norm, loss, *votes = read()
+        self.outcome = None
         self.voted = max((number for number, vote in zip(STOPPING, votes) if vote), default=0)
         self._check_finite(loss, norm)
         if self.log:
@@ -515,6 +516,8 @@ class Trainer:
             torch.set_rng_state(mine['cpu'])
             if self.ranks.device.type == 'cuda' and 'cuda' in mine:
                 torch.cuda.set_rng_state(mine['cuda'], self.ranks.device)
+            if self.ranks.device.type == 'mps' and 'mps' in mine:
+                torch.mps.set_rng_state(mine['mps'])
         else:
             self.say('another number of ranks than before: dropout goes on from a new random state')
             torch.manual_seed(derive_seed(self.config.seed, self.ranks.rank, self.iter_num))
@@ -535,6 +538,8 @@ class Trainer:
         mine = {'cpu': torch.get_rng_state()}
         if self.ranks.device.type == 'cuda':
             mine['cuda'] = torch.cuda.get_rng_state(self.ranks.device)
+        if self.ranks.device.type == 'mps':
+            mine['mps'] = torch.mps.get_rng_state()
         random_states = self.ranks.gather(mine)
         state = self.state(random_states) if self.ranks.first or self.sharded else None
         if self.ranks.first:
@@ -701,15 +706,15 @@ def check_folder(config, model_config, resumed):
 def train(config, model_config, resumed=None):
     """Trains as the two configs say. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
-            checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext():
+            checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext() as mark:
         if ranks.first:
             check_folder(config, model_config, resumed)
         starts = ranks.gather(resumed and (resumed['run_id'], resumed['iter_num']))
         if len(set(starts)) > 1:
             raise UserError(f'the ranks find different checkpoints in out_dir={config.out_dir}: it must be one folder that '
                             'all machines share')
-        if not config.eval_only and not all(ranks.gather(os.path.isdir(config.out_dir))):  # the first rank has made it
-            raise UserError(f'some ranks do not see out_dir={config.out_dir}: it must be one folder that all machines share')
+        if not config.eval_only:
+            checkpoint.check_shared(config.out_dir, mark, ranks)
         return Trainer(config, model_config, ranks, resumed).train()
 
 

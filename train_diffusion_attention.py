@@ -202,7 +202,8 @@ def main(argv):
     meta = load_meta(os.path.join(config.data_dir, config.dataset))
     objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
     with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
-            checkpoint.lock(config.out_dir) if ranks.first else nullcontext():
+            checkpoint.lock(config.out_dir) if ranks.first else nullcontext() as mark:
+        checkpoint.check_shared(config.out_dir, mark, ranks)
         trainer = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''})
         code = trainer.train()
         if ranks.first:

@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import uuid
 import zipfile
 
 import torch
@@ -22,6 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+SHOWN_WITHIN = 60  # seconds; network file systems show new files late
 FILES = {'best': 'ckpt_best.pt', 'last': 'ckpt.pt'}
 # what a checkpoint holds, for whatever reads one; older ones and those made elsewhere may lack the keys that came LATER
 FORM = {'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict, 'iter_num': int, 'run_id': str,
@@ -79,8 +82,9 @@ def remove_run(out_dir):
 
 @contextlib.contextmanager
 def lock(out_dir):
-    """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Raises
-    UserError where another run has it. Where there is no flock, as on Windows, nothing is locked."""
+    """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Yields a mark
+    that it leaves there. Raises UserError where another run has it. Where there is no flock, as on Windows, nothing is
+    locked."""
     path = os.path.join(out_dir, '.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -95,13 +99,34 @@ def lock(out_dir):
                 raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
             except OSError:  # some network file systems have no locks
                 pass
+        mark = uuid.uuid4().hex
+        f.truncate(0)
+        f.write(mark)
+        f.flush()
         try:
-            yield
+            yield mark
         finally:
             with contextlib.suppress(FileNotFoundError):  # somebody may have removed the folder
                 if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
                     os.remove(path)
                     os.rmdir(out_dir)
+
+
+def check_shared(out_dir, mark, ranks):
+    """Raises UserError where a rank does not find the mark of the first rank's `lock`: its out_dir is another folder."""
+    mark, until = ranks.gather(mark)[0], time.monotonic() + SHOWN_WITHIN
+    while not (found := _has_mark(out_dir, mark)) and time.monotonic() < until:
+        time.sleep(0.5)
+    if not all(ranks.gather(found)):
+        raise UserError(f'some ranks do not see out_dir={out_dir}: it must be one folder that all machines share')
+
+
+def _has_mark(out_dir, mark):
+    try:
+        with open(os.path.join(out_dir, '.lock'), encoding='utf-8') as f:
+            return f.read() == mark
+    except OSError:
+        return False
 
 
 def forget_best(out_dir):

@@ -11,6 +11,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
+from threading import Lock
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ class Windows:
         self.order, self.vocab_size = one_of('data_order', order, ORDERS), vocab_size
         if not os.path.isfile(path):
             raise UserError(f'{path} is missing: prepare the data set again')
+        self.lock = Lock()
         self.file = open(path, 'rb', buffering=0)  # read piece by piece: a mapping would count as memory in use
         self.tokens = os.path.getsize(path) // self.dtype.itemsize
         if limit:
@@ -120,8 +122,10 @@ class Windows:
         """The windows at these token offsets, (B, window) int64."""
         batch = np.empty((len(offsets), self.window), dtype=self.dtype)
         for row, offset in zip(batch, offsets):
-            self.file.seek(int(offset) * self.dtype.itemsize)
-            if self.file.readinto(row) != row.nbytes:
+            with self.lock:  # batches are made ahead on a thread, while an evaluation reads the same file
+                self.file.seek(int(offset) * self.dtype.itemsize)
+                count = self.file.readinto(row)
+            if count != row.nbytes:
                 raise UserError(f'{self.file.name} ended early: was it changed while it was read?')
         check_ids(batch, self.vocab_size, self.file.name)
         return torch.from_numpy(batch.astype(np.int64))

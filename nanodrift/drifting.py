@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanodrift import ngrams
 from nanodrift.data import derive_seed
-from nanodrift.kernels import rows_per_chunk
-from nanodrift.machine import Ranks, exact
+from nanodrift.kernels import padded_vocab_size, rows_per_chunk
+from nanodrift.machine import Ranks, compute_dtype, exact
 from nanodrift.metrics import Mean, Rows
 from nanodrift.options import UserError, split_numbers
 
@@ -126,11 +126,17 @@ def mean_and_std(x, dim):
     return mean.squeeze(dim), ((x - mean).square().mean(dim) + 1e-6).sqrt()  # var() takes several times as long
 
 
+def take(x, index):
+    """x[:, index] of x (B, T, ...) for indices on the CPU. They come from there, where their number is known, and a GPU gets
+    them without a wait."""
+    return x[:, index.to(x.device, non_blocking=x.is_cuda)]
+
+
 def pool(states, positions):
     """Hidden states (B, T, C) of one depth -> {name: feature set (S, B, C)}: states at `positions`, mean and deviation over
     the whole and over windows."""
     B, T, C = states.shape
-    pooled = {'position': states[:, positions].transpose(0, 1)}
+    pooled = {'position': take(states, positions).transpose(0, 1)}
     for length in (T, *(w for w in WINDOWS if w < T)):
         windows = states[:, :T - T % length].view(B, T // length, length, C).transpose(0, 1)
         for name, values in zip(('mean', 'std'), mean_and_std(windows, 2)):
@@ -158,7 +164,7 @@ def token_features(encoder, embeddings, positions):
     features, T = {}, embeddings.size(1)
     for k in STACKS:
         stacks = F.pad(embeddings, (0, 0, k - 1, k - 1)).unfold(1, k, 1).mT.flatten(2)  # (B, T+k-1, k*C)
-        features[f'tokens_{k}'] = group_positions(stacks[:, torch.cat((positions, positions[positions < k - 1] + T))])
+        features[f'tokens_{k}'] = group_positions(take(stacks, torch.cat((positions, positions[positions < k - 1] + T))))
     return features
 
 
@@ -166,8 +172,8 @@ def group_positions(x):
     """Features (B, P, D) at P positions -> sets (S, n*B, D) of n = POSITIONS_PER_SET of them each, or of all where there are
     fewer. Where n does not divide P, the last set shares some with the one before, and these count twice."""
     n = min(POSITIONS_PER_SET, x.size(1))
-    starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n], device=x.device)
-    sets = x[:, starts[:, None] + torch.arange(n, device=x.device)]  # (B, S, n, D)
+    starts = torch.tensor([*range(0, x.size(1) - n, n), x.size(1) - n])
+    sets = take(x, starts[:, None] + torch.arange(n))  # (B, S, n, D)
     return sets.transpose(0, 1).flatten(1, 2)
 
 
@@ -186,25 +192,27 @@ FEATURES = {'states': state_features, 'tokens': token_features, 'both': both_fea
 def expected_embedding(x, embedding, logits_of):
     """x (N, C), embeddings (V, C') -> mean embeddings (N, C') under the softmax of logits_of(x) (N, V). Logits are large:
     they are computed in chunks, and again in the backward pass."""
+    table = embedding.to(compute_dtype(embedding))  # once, where autocast would convert it for every chunk
+
     def mean(chunk):
-        p = logits_of(chunk).float().softmax(-1).to(embedding.dtype)
-        return (p @ embedding).to(embedding.dtype)  # autocast multiplies in 16 bits
-    chunks = x.split(rows_per_chunk(len(embedding)))
+        return (logits_of(chunk).float().softmax(-1).to(table.dtype) @ table).to(embedding.dtype)
+    chunks = x.split(rows_per_chunk(len(embedding), x.device))
     return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in chunks])
 
 
 @torch.no_grad()
 def argmax_embedding(x, embedding, logits_of):
     """The embeddings (B, T, C) of the largest logits of outputs x (B, T, C)."""
-    chunks = x.flatten(0, 1).split(rows_per_chunk(len(embedding)))
+    chunks = x.flatten(0, 1).split(rows_per_chunk(len(embedding), x.device))
     return embedding[torch.cat([logits_of(chunk).argmax(-1) for chunk in chunks])].view(x.shape)
 
 
-def nearness(x, middle, directions):
+def nearness(x, middle, directions, never):
     """Logits (N, V): cosines between outputs x (N, C) and embeddings, both centred on the mean embedding, `middle` (C,),
-    scaled so that those of a random direction have standard deviation SHARPNESS; directions (V, C) are the embeddings
-    centred and of length 1. Unscaled, all outputs would start near the mean, where the field cannot separate them."""
-    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), directions)
+    scaled so that those of a random direction have standard deviation SHARPNESS. Unscaled, all outputs would start near the
+    mean, where the field cannot separate them. directions (V, C) are the embeddings centred and of length 1; never (V,) is
+    -inf in rows that are padding, else 0."""
+    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), directions, never)
     return cosines * SHARPNESS * math.sqrt(directions.size(1))
 
 
@@ -212,9 +220,13 @@ def output_embeddings(x, vocabulary, output):
     """What drift_output makes of outputs x (B, T, C) and the embeddings (V, C) of the vocabulary -> (B, T, C)."""
     if output == 'embedding':
         return x
-    middle = vocabulary.mean(0)
-    directions = F.normalize((vocabulary - middle).float(), dim=-1)  # once, and not in every chunk
-    logits_of = partial(nearness, middle=middle, directions=directions)
+    # once, in the type of the product and padded as that wants it, and not in every chunk
+    middle, dtype = vocabulary.mean(0), compute_dtype(vocabulary)
+    spare = padded_vocab_size(len(vocabulary)) - len(vocabulary)
+    directions = F.pad(F.normalize((vocabulary - middle).float(), dim=-1), (0, 0, 0, spare)).to(dtype)
+    never = F.pad(directions.new_zeros(len(vocabulary)), (0, spare), value=-math.inf)
+    vocabulary = F.pad(vocabulary, (0, 0, 0, spare))
+    logits_of = partial(nearness, middle=middle, directions=directions, never=never)
     soft = expected_embedding(x.flatten(0, 1), vocabulary, logits_of).view(x.shape)
     if output == 'soft':
         return soft
@@ -254,8 +266,8 @@ def freeze_encoder(encoder, config):
 
 @dataclass
 class Field:
-    """The targets of one micro-batch: for each feature set the targets (S, N, D) and the scale; the positions whose states
-    or stacks are features; ids: the given prefix (B, P), or for token drift the real text (B, T)."""
+    """The targets of one micro-batch: for each feature set the targets (S, N, D) and the scale; the positions, on the CPU,
+    whose states or stacks are features; ids: the given prefix (B, P), or for token drift the real text (B, T)."""
     targets: dict
     scales: dict
     positions: torch.Tensor
@@ -304,8 +316,8 @@ def examples(own, start, rng, *, extra):
 
 
 def random_positions(x, rng):
-    """Of x (B, T, ...), on its device."""
-    return torch.randperm(x.size(1), generator=rng)[:POSITIONS].sort().values.to(x.device)
+    """Of x (B, T, ...), on the CPU."""
+    return torch.randperm(x.size(1), generator=rng)[:POSITIONS].sort().values
 
 
 def make_fields(generated, real, positions, ids, ranks, config):
@@ -350,7 +362,7 @@ def compute_token_drift_targets(model, batches, ranks, rng):
 
 def measure(model, noise, style, ids, calibrated=False):
     """Samples and real text: their ids and, for each depth, their hidden states averaged over positions."""
-    x, nowhere = model.embeddings(noise, style), torch.arange(1, device=noise.device)
+    x, nowhere = model.embeddings(noise, style), torch.arange(1)
     metrics = {}
     for name, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
         for feature, values in state_features(model.encoder, embeddings, nowhere).items():

@@ -23,14 +23,15 @@ from nanodrift.machine import compute_dtype, cpu_multiplies_bfloat16
 
 IGNORE = -1  # a target with this id is left out of losses and metrics
 LOGITS_PER_CHUNK = 2 ** 25  # how many logits are held at once: large enough for fast matrix products
-ON_GPUS = 8  # times as many in training, where each chunk costs a dozen launches
+ON_GPUS = 8  # times as many, where each chunk costs a dozen launches
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
 PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
 
 
-def rows_per_chunk(columns):
-    """How many rows of so many logits are held at once."""
-    return max(1, LOGITS_PER_CHUNK // columns)
+def rows_per_chunk(columns, device=None):
+    """How many rows of so many logits are held at once; in training, which names its device, more on a GPU."""
+    times = ON_GPUS if device is not None and device.type == 'cuda' else 1
+    return max(1, times * LOGITS_PER_CHUNK // columns)
 
 
 def padded_vocab_size(vocab_size):
@@ -102,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """x (N, C) in the compute type, weight (Vp, C) float32, targets (N,), weights (N,) float32 or None; for flag see
         `cross_entropy`."""
         N, Vp = len(x), len(weight)
-        n = min(N, rows_per_chunk(Vp) * (ON_GPUS if x.device.type == 'cuda' else 1))
+        n = min(N, rows_per_chunk(Vp, x.device))
         W = weight.to(x.dtype)
         w = (targets != IGNORE).float()
         if weights is not None:
@@ -299,17 +300,17 @@ class Linear(nn.Linear):
 
 
 def pack_weights(model, rows):
-    """{Linear: a faster function for its product with so many rows} of a model of at most PACK_AT_MOST bytes, where there is
-    one: on a CPU in float32 or, where the processor multiplies it, in bfloat16; on other devices in 16 bits."""
+    """{Linear: a faster function for its product with so many rows}, where there is one: on a CPU in float32 or, where the
+    processor multiplies it, in bfloat16, for a model of at most PACK_AT_MOST bytes; on other devices in 16 bits."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     weight = linears[0].weight
     dtype = compute_dtype(weight)
-    fits = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST
     if weight.device.type == 'cpu':
-        fast = dtype == torch.float32 or dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
+        fast = sum(linear.weight.nbytes for linear in linears) <= PACK_AT_MOST and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and cpu_multiplies_bfloat16())
     else:
         fast = dtype != torch.float32  # autocast would make the copy for every token
-    if not fast or not fits:
+    if not fast:
         return {}
     return {linear: packed_linear(linear.weight.detach().to(dtype), linear.bias, rows) for linear in linears}
 

@@ -102,7 +102,22 @@ def pick_device(name, float64=False):
     there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]
     if index and not index.isdecimal() or int(index or 0) >= there:
         raise UserError(f'device={name}: this machine or this build of PyTorch has {there} of {kind}; use --device=cpu')
-    return torch.device(name)
+    # torch.cuda.set_device refuses a device without a number
+    return torch.device(kind, int(index or 0)) if kind == 'cuda' else torch.device(name)
+
+
+def read_later(values):
+    """A function that returns the numbers of a tensor (n,) as a list. On a GPU it waits for what computed them alone, and
+    not for the work that was started after this call."""
+    if values.device.type != 'cuda':
+        return values.tolist
+    copied, done = values.to('cpu', non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read():
+        done.synchronize()
+        return copied.tolist()
+    return read
 
 
 def cpu_multiplies_bfloat16():

@@ -13,7 +13,7 @@ from conftest import ROOT, WAYS, resume
 from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
-from nanodrift import options
+from nanodrift import checkpoint, options
 from nanodrift.machine import ROLL_CALL, Ranks, setup_ranks
 
 TWO = dict(gradient_accumulation_steps=2)
@@ -225,6 +225,10 @@ def test_ranks_that_find_different_checkpoints(command_line, fork_ranks, tmp_pat
 def test_ranks_that_do_not_share_a_new_folder(command_line, fork_ranks, tmp_path):
     said = finish(fork_ranks(train_rank_in_its_own_folder, command_line(**TWO)), tmp_path, code=2)
     assert 'some ranks do not see out_dir' in said and not (tmp_path / 'run').exists()
+    (tmp_path / 'run-1').mkdir()  # of the same name, on another machine, with what an earlier run has left
+    (tmp_path / 'run-1' / '.lock').write_text('an earlier mark')
+    said = finish(fork_ranks(train_rank_in_its_own_folder, command_line(**TWO)), tmp_path, code=2)
+    assert 'some ranks do not see out_dir' in said
 
 
 def train_rank_in_its_own_folder(argv):
@@ -235,7 +239,7 @@ def train_rank_in_its_own_folder(argv):
 def exit_code(argv):
     """What train.py ends with, and says, as a command."""
     sys.argv = ['train.py', *argv]
-    options.OTHER_RANKS_WAIT = 0
+    options.OTHER_RANKS_WAIT = checkpoint.SHOWN_WITHIN = 0
     options.run(train.main)
 
 
