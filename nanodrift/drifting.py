@@ -128,8 +128,8 @@ def mean_and_std(x, dim):
 
 def take(x, index):
     """x[:, index] of x (B, T, ...) for indices on the CPU. They come from there, where their number is known, and a GPU gets
-    them without a wait."""
-    return x[:, index.to(x.device, non_blocking=x.is_cuda)]
+    them without a wait; Metal copies too late then, when the indices may be gone."""
+    return x[:, index.to(x.device, non_blocking=x.device.type != 'mps')]
 
 
 def pool(states, positions):

@@ -51,12 +51,15 @@ class Generator(torch.Generator):
 
 
 class SecondDevice(TorchDispatchMode):
-    """While it is on: counts operations and their bytes, views not among them, the bytes `copied` to the device, and the
-    `waits` of the CPU for it."""
+    """While it is on: counts operations and their bytes, views not among them, the bytes `copied` to the device, the `waits`
+    of the CPU for it, and the copies to it that are `awaited`, since they are not told to be non_blocking."""
 
     def __init__(self):
         super().__init__()
-        self.operations, self.bytes, self.copied, self.waits = 0, 0, 0, Counter()
+        self.clear()
+
+    def clear(self):
+        self.operations, self.bytes, self.copied, self.waits, self.awaited = 0, 0, 0, Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -76,6 +79,8 @@ class SecondDevice(TorchDispatchMode):
         if ours and (func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
                      or func in MOVES and device == 'cpu' or self._counts_a_mask(func, args)):
             self.waits[str(func)] += 1
+        if func in MOVES and device == SECOND and any(not isinstance(t, Numbers) for t in tensors):
+            self.awaited += not (kwargs.get('non_blocking') or func is aten.copy_.default and args[2:] == (True,))
         if device == SECOND and not func.is_view:
             self.operations += 1
             self.bytes += sum(t.numel() * t.itemsize for t in (*tensors, *tree_leaves(out)) if isinstance(t, torch.Tensor))

@@ -2,6 +2,9 @@ import json
 import os
 import resource
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,6 +95,16 @@ def test_windows_are_slices_of_the_file(bin_file, dtype):
     offsets = np.array([0, 1, 17, 300 - 21])
     batch = windows.read(offsets)
     assert batch.dtype == torch.int64 and batch.tolist() == [ids[o:o + 21].tolist() for o in offsets]
+
+
+def test_threads_read_what_they_ask_for(bin_file, request):
+    """On a GPU batches are made ahead on a thread, also while an evaluation reads the same file."""
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    windows, starts = Windows(bin_file(np.arange(5000)), 'uint16', 50, 1), np.arange(0, 4900, 7)
+    with ThreadPoolExecutor(4) as threads:
+        for batch in threads.map(windows.read, [starts] * 12):
+            assert batch[:, 0].tolist() == starts.tolist()
 
 
 def test_spread_is_fixed_even_and_complete(bin_file):

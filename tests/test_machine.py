@@ -14,7 +14,7 @@ from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
 from nanodrift import checkpoint, options
-from nanodrift.machine import ROLL_CALL, Ranks, setup_ranks
+from nanodrift.machine import ROLL_CALL, Ranks, pick_device, setup_ranks
 
 TWO = dict(gradient_accumulation_steps=2)
 
@@ -298,3 +298,11 @@ def test_accumulation_that_ranks_cannot_share(command_line, tmp_path):
     ours = [line for line in err.splitlines() if line.startswith('train.py: ')]
     assert process.returncode != 0 and len(ours) == 1 and 'gradient_accumulation_steps=3' in ours[0], err
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name, number', [('auto', 0), ('cuda', 0), ('cuda:1', 1)])
+def test_a_gpu_has_a_number(monkeypatch, name, number):
+    """torch.cuda.set_device, with which the thread that makes batches begins, refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert pick_device(name) == torch.device('cuda', number)
