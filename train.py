@@ -410,6 +410,7 @@ class Trainer:
         if source is not None:
             fresh = checkpoint.start_from(model, source.get('ema') or source['model'], known_ids(source))
             self.say(f'weights from {c.init_from}; starting fresh: {", ".join(fresh) or "nothing"}')
+        self._check_sources(source, model.encoder)
         if model.encoder is not None:
             check_tokenizer(f'cannot use encoder={model_config.encoder}', model.encoder.source, self.meta)
             if source is not None and model_config.outputs_embeddings:  # which only the same encoder can decode
@@ -422,6 +423,16 @@ class Trainer:
             for network in filter(None, (model, model.encoder)):
                 network.recompute_blocks()
         return model
+
+    def _check_sources(self, source, encoder):
+        """Raises UserError where the ranks have started from different weights: each reads the folders of its machine."""
+        if self.ranks.world_size == 1:
+            return
+        mine = source and checkpoint.fingerprint(source['model']), encoder and encoder.source['fingerprint']
+        for name, found in zip(('init_from', 'encoder'), zip(*self.ranks.gather(mine))):
+            if len(set(found)) > 1:
+                raise UserError(f'the ranks find different weights in {name}: it must be one folder that all machines '
+                                'share, or equal copies')
 
     def _source_of_weights(self, model_config):
         """The checkpoint that --init_from=hf:NAME or --init_from=DIR names, of the same vocabulary as the data."""

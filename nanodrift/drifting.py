@@ -73,7 +73,8 @@ def field(away, toward, positive, negative, temperature, floor, ranks=ALONE):
 def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR, ranks=ALONE):
     """
     The field of a feature set at its own samples x (S, n, D), in float32 -> targets (S, n, D) in scaled features, the scale
-    that features are divided by, and {temperature: root mean square of the unnormalised field}.
+    that features are divided by, and {temperature: root mean square of the unnormalised field}. Or those of several feature
+    sets of one shape, x (G, S, n, D), which a GPU computes together: (G, S, n, D), (G,) and {temperature: (G,)}.
 
     The field of each temperature (in units of the mean distance) is divided by its own root mean square. A loss against
     these targets therefore does not measure progress; the unnormalised field does.
@@ -82,24 +83,24 @@ def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR, ranks=AL
     what it takes from the others' rows are means, and maxima and sums of columns.
     """
     with exact(x.device):
-        x, start = x.float(), ranks.rank * x.size(1)
-        everyone, positive = ranks.concatenate(x, dim=1), ranks.concatenate(positive.float(), dim=1)  # (S, N, D)
-        middle = torch.cat((everyone, positive), dim=1).mean(1, keepdim=True)  # large offsets would cost digits
+        x, start, of_a_set = x.float(), ranks.rank * x.size(-2), (-3, -2, -1)
+        everyone, positive = ranks.concatenate(x, dim=-2), ranks.concatenate(positive.float(), dim=-2)  # (..., S, N, D)
+        middle = torch.cat((everyone, positive), dim=-2).mean(-2, keepdim=True)  # large offsets would cost digits
         everyone, positive = everyone - middle, positive - middle
-        near = everyone[:, start:start + x.size(1)]
-        away, toward = distances(near, everyone), distances(near, positive)  # (S, n, N) and (S, n, P)
-        mean = ranks.mean(torch.cat((away, toward), dim=-1).mean())
+        near = everyone.narrow(-2, start, x.size(-2))
+        away, toward = distances(near, everyone), distances(near, positive)  # (..., S, n, N) and (..., S, n, P)
+        mean = ranks.mean(torch.cat((away, toward), dim=-1).mean(of_a_set, keepdim=True))
         scale = (mean / math.sqrt(x.size(-1))).clamp(min=LEAST_SCALE)
         unit = mean.clamp(min=LEAST_SCALE)
-        itself = torch.eye(*away.shape[1:], device=x.device).roll(start, dims=1)
+        itself = torch.eye(*away.shape[-2:], device=x.device).roll(start, dims=1)
         away = away + SELF_DISTANCE * unit * itself
         total, rms = torch.zeros_like(x), {}
         for temperature in temperatures:
             raw = field(away, toward, positive, everyone, temperature * unit, floor, ranks) / scale
-            square = ranks.mean(raw.square().mean())
-            rms[temperature] = square.sqrt()
+            square = ranks.mean(raw.square().mean(of_a_set, keepdim=True))
+            rms[temperature] = square.sqrt()[..., 0, 0, 0]
             total += raw / square.clamp(min=1e-8).sqrt()
-        return x / scale + total, scale, rms
+        return x / scale + total, scale[..., 0, 0, 0], rms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,11 +325,17 @@ def make_fields(generated, real, positions, ids, ranks, config):
     """One Field per micro-batch of this rank. The field is computed over all micro-batches of all ranks. generated, real:
     lists with the features of each micro-batch; ids: the list of their ids."""
     fields = [Field({}, {}, positions, chunk) for chunk in ids]
-    for name in generated[0]:
-        x, positive = (torch.cat([features[name] for features in each], dim=1) for each in (generated, real))
-        targets, scale, _ = drift(x, positive, split_numbers(config.drift_temperatures, float), config.drift_floor, ranks)
-        for field_, chunk in zip(fields, targets.chunk(len(fields), dim=1)):
-            field_.targets[name], field_.scales[name] = chunk, scale
+    together = {}  # names of the feature sets of each shape
+    for name, values in generated[0].items():
+        together.setdefault(values.shape, []).append(name)
+    temperatures = split_numbers(config.drift_temperatures, float)
+    for names in together.values():
+        x, positive = (torch.stack([torch.cat([features[name] for features in each], dim=1) for name in names])
+                       for each in (generated, real))
+        targets, scales, _ = drift(x, positive, temperatures, config.drift_floor, ranks)
+        for name, of_set, scale in zip(names, targets, scales):
+            for field_, chunk in zip(fields, of_set.chunk(len(fields), dim=1)):
+                field_.targets[name], field_.scales[name] = chunk, scale
     return fields
 
 

@@ -246,6 +246,12 @@ def test_weights_that_change_between_two_steps_of_generation_are_seen_by_everyon
         assert torch.equal(model(idx)[0], fresh(idx)[0])
 
 
+def test_a_gpu_computes_the_head_in_few_chunks():
+    """12 windows of 1,024 tokens and GPT-2's vocabulary: with the chunks of a CPU they would be 19."""
+    rows = kernels.rows_per_chunk(50304, torch.device('cuda'))
+    assert math.ceil(12 * 1024 / rows) == 3 and rows * 50304 * 2 < 2 ** 30, 'at most 1 GiB of logits in 16 bits'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 16 bits
 

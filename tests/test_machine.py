@@ -98,13 +98,14 @@ SHARDED = TWO | {'sharding': 'fsdp', 'max_iters': 2, 'eval_interval': 2, 'decay_
 
 @pytest.mark.parametrize('model_type', ['gpt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in WAYS[1:])])
 def test_a_sharded_run_goes_on_in_one_process_and_back(tiny, command_line, fork_ranks, tmp_path, model_type):
-    """Its checkpoint is that of one process: 2 ranks, then 1, then 2 take the steps of one."""
+    """Its checkpoint is that of one process: 2 ranks, then 1, then 2 unsharded, then 2 take the steps of one."""
     overrides = SHARDED | without_noise(model_type) | {'ema': 0.5}
     finish(fork_ranks(train_rank, command_line(**overrides)), tmp_path)
     run = str(tmp_path / 'run')
     assert resume(run, '--max_iters=4') == 0
-    finish(fork_ranks(train_rank, ['--init_from=resume', f'--out_dir={run}', '--max_iters=6']), tmp_path)
-    one, model_config = tiny(out_dir='one', **overrides | {'max_iters': 6})
+    for more in (['--max_iters=6', '--sharding=none'], ['--max_iters=8', '--sharding=fsdp']):
+        finish(fork_ranks(train_rank, ['--init_from=resume', f'--out_dir={run}', *more]), tmp_path)
+    one, model_config = tiny(out_dir='one', **overrides | {'max_iters': 8})
     train.train(one, model_config)
     a, b = load(one.out_dir), load(run)
     for weights in ('model', 'ema'):
@@ -157,6 +158,21 @@ def train_rank_on_its_own_data(argv):
         return meta
     train.load_meta = load_meta
     return exit_code(argv)
+
+
+def train_rank_on_other_weights(argv, key):
+    """The folder that this key names is another one on the machine of rank 1."""
+    return exit_code([word + os.environ['RANK'] * word.startswith(f'--{key}=') for word in argv])
+
+
+@pytest.mark.parametrize('key', ['init_from', 'encoder'])
+def test_ranks_that_find_different_weights(tiny, command_line, fork_ranks, tmp_path, key):
+    for rank in '01':
+        train.train(*tiny(out_dir=f'weights{rank}', max_iters=1 + int(rank)))
+    more = {'model_type': 'drifting'} if key == 'encoder' else {}
+    words = command_line(**TWO | more | {key: tmp_path / 'weights'})
+    said = finish(fork_ranks(train_rank_on_other_weights, words, key), tmp_path, code=2)
+    assert f'different weights in {key}' in said and 'Traceback' not in said
 
 
 def test_ranks_that_find_different_data(command_line, fork_ranks, tmp_path):
