@@ -14,12 +14,10 @@ With --tune=N the learning rate of each variant is chosen first, on validation t
 whose run over a quarter of the budget ends with the lowest val_loss.
 """
 import json
-import math
 import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -27,26 +25,21 @@ from dataclasses import asdict, dataclass, fields
 
 import evaluate
 from model import TYPES, GPTConfig
-from nanodrift import checkpoint, report
+from nanodrift import checkpoint, costs, report, tuning
 from nanodrift.data import Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
+from nanodrift.runs import Run, divergence, median_speed, read_object
 from nanodrift.variants import first_of_each_type, variants_of
 from train import TrainConfig, read_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 JUDGE, ENCODER = 'judge', 'encoder'  # runs of gpt2 that are not compared, but needed
 HELPER_SEEDS = {JUDGE: 1000, ENCODER: 1001}  # which no other run has: a twin's judgement would be worth nothing
-TUNING_SEED = 1002  # of tries of learning rates, so that no compared seed plays a part in the choice, and of trials
-TUNING_SHARE = 4  # a try has this part of the budget: a quarter
-TRIAL = 15  # iterations that tell how fast a variant is: for the estimate, and for a budget in seconds
-WORTH_A_TRIAL = 60  # iterations: what is shorter is over before an estimate helps
-EVALUATION_COST = 1 / 3  # of a batch, compared with a batch of training
 EVALUATIONS = 10  # of each run, at least: the points of its curve
 VARIANTS = variants_of(TYPES)
 SHOWN = 3  # samples of each variant in the report
-MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size', 'device', 'overwrite')  # may differ in one run
 
 
 @dataclass
@@ -76,7 +69,7 @@ class CompareConfig:
         for key, values in (('variants', self.names), ('seeds', self.numbers)):
             if len(set(values)) < len(values):
                 raise UserError(f'{key}={getattr(self, key)}: one is named twice')
-        others = HELPER_SEEDS | {'tries': TUNING_SEED}
+        others = HELPER_SEEDS | {'tries': tuning.SEED}
         taken = [f'{seed} is that of the {name}' for name, seed in others.items() if seed in self.numbers]
         if taken:
             raise UserError(f'seeds={self.seeds}: {" and ".join(taken)}; name others')
@@ -121,43 +114,36 @@ class CompareConfig:
 # the plan
 
 @dataclass
-class Planned:
-    """A run that the comparison needs: the arguments of train.py, except for the length, and the configs that they give."""
+class Planned(Run):
+    """A run that the comparison needs, whose length is not known yet."""
     name: str
     variant: str
-    folder: str
-    words: list
-    config: TrainConfig
     model_config: GPTConfig
-
-    @property
-    def tokens_per_iter(self):
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.model_config.block_size
 
     @property
     def helps(self):
         """Whether this is the judge or the encoder, which are not compared."""
         return self.name in HELPER_SEEDS
 
-    def arguments(self, max_iters):
-        """All arguments of train.py."""
-        return [*self.words, *self.length(max_iters)]
+    def of_length(self, max_iters):
+        """The Run of so many iterations."""
+        return run_of([*self.words, *self.length(max_iters)])
 
     def length(self, max_iters):
         """Arguments for a run of max_iters iterations. Warmup is kept, but at most a tenth of the run. eval_iters is limited
-        so that evaluation takes no longer than training: a batch costs EVALUATION_COST, and is read from both splits."""
-        c, often = self.config, max(1, max_iters // EVALUATIONS)
-        interval = min(c.eval_interval, often)
+        so that evaluation takes no longer than training: a batch costs a third as much, and is read from both splits."""
+        c, often = self.settings, max(1, max_iters // EVALUATIONS)
+        interval = min(c['eval_interval'], often)
         evaluations = max_iters // interval + 1
-        limit = max(1, max_iters * c.gradient_accumulation_steps // (evaluations * self.ways_masked))
-        asked = self.evaluation_batches(c.eval_iters)
+        limit = max(1, max_iters * c['gradient_accumulation_steps'] // (evaluations * self.ways_masked))
+        asked = self.evaluation_batches(c['eval_iters'])
         values = {'num_epochs': 0, 'lr_decay_iters': 0, 'eval_interval': interval,
-                  'log_interval': min(c.log_interval, often), 'eval_iters': c.eval_iters if asked <= limit else limit}
-        if not c.warmup_ratio:
+                  'log_interval': min(c['log_interval'], often), 'eval_iters': c['eval_iters'] if asked <= limit else limit}
+        if not c['warmup_ratio']:
             per_epoch = self.windows('train').tokens
-            warmup = c.warmup_iters or round(c.warmup_epochs * per_epoch / self.tokens_per_iter)
+            warmup = c['warmup_iters'] or round(c['warmup_epochs'] * per_epoch / self.tokens_per_iter)
             values |= {'warmup_epochs': 0, 'warmup_iters': min(warmup, max_iters // 10)}
-        changed = [f'--{key}={value}' for key, value in values.items() if value != getattr(c, key)]
+        changed = [f'--{key}={value}' for key, value in values.items() if value != c[key]]
         return [f'--max_iters={max_iters}', *changed]
 
     @property
@@ -166,20 +152,26 @@ class Planned:
         return 1 + (self.model_config.model_type == 'diffusion' and self.model_config.diffusion_objective == 'repair')
 
     def evaluation_batches(self, eval_iters):
-        return eval_iters or len(self.windows('val')) // self.config.batch_size + 1
+        return eval_iters or len(self.windows('val')) // self.settings['batch_size'] + 1
 
-    def evaluation_share(self, max_iters):
-        """What the evaluations of a run of max_iters iterations cost, compared with its training."""
-        settings, _, _ = read_settings(self.arguments(max_iters))
-        batches = 2 * (max_iters // settings.eval_interval + 1) * self.evaluation_batches(settings.eval_iters)
-        return EVALUATION_COST * batches * self.ways_masked / (max_iters * settings.gradient_accumulation_steps)
+    def evaluation_share(self, run_):
+        """What the evaluations of one of its Runs cost, compared with its training."""
+        had = run_.settings
+        batches = 2 * (run_.max_iters // had['eval_interval'] + 1) * self.evaluation_batches(had['eval_iters'])
+        return costs.EVALUATION_COST * batches * self.ways_masked / (run_.max_iters * had['gradient_accumulation_steps'])
 
     def windows(self, split):
         """The text of a split as train.py cuts it. Raises UserError where it is too short."""
-        c, block_size = self.config, self.model_config.block_size
-        folder = os.path.join(c.data_dir, c.dataset)
+        block_size = self.model_config.block_size
+        folder = os.path.join(self.settings['data_dir'], self.settings['dataset'])
         return Windows(os.path.join(folder, f'{split}.bin'), load_meta(folder)['dtype'],
                        TYPES[self.model_config.model_type].objective(self.model_config).window(block_size), block_size)
+
+
+def run_of(words):
+    """The Run that these arguments of train.py start."""
+    train_config, model_config, _ = read_settings(words)
+    return Run(words, asdict(train_config) | asdict(model_config))
 
 
 def plan(config):
@@ -204,7 +196,7 @@ def plan(config):
         if not config.seconds and config.tokens < run_.tokens_per_iter / 2:
             raise UserError(f'tokens={config.tokens:g} are less than one iteration of {run_.name}: '
                             f'--tokens={run_.tokens_per_iter} at least')
-        if config.tune and not run_.helps and not run_.config.learning_rate:
+        if config.tune and not run_.helps and not run_.settings['learning_rate']:
             raise UserError(f'tune={config.tune}: {run_.name} has learning_rate=0, which has no half and no double')
     if config.samples:
         wanted = evaluate.EvalConfig(num_samples=config.samples, length=config.length)
@@ -241,53 +233,17 @@ def plan_one(config, name, variant, seed, folder, factor=None):
         flags |= {key: factor * rate for key, rate in rates.items() if rate}
     words = [recipe] + [f'--{key}={value}' for key, value in flags.items()]
     train_config, model_config, _ = read_settings(words)
-    return Planned(name, variant, flags['out_dir'], words, train_config, model_config)
+    return Planned(words, asdict(train_config) | asdict(model_config), name, variant, model_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def last_state(folder):
-    """The last checkpoint of a run's folder; None where there is none yet."""
-    return checkpoint.load_last(folder) if checkpoint.holds_run(folder) else None
-
-
-def finished(folder, state, max_iters):
-    """Whether the run with this last checkpoint, which may be None, has been evaluated after its last iteration. The
-    checkpoint records that evaluation only if it was the best; else metrics.jsonl has it."""
-    if state is None or state['iter_num'] != max_iters:
-        return False
-    losses = [entry['val_loss'] for entry in report.read_lines(folder)
-              if entry['iter'] == max_iters and entry.get('val_loss') is not None]
-    return state['evaluated_iter'] == max_iters or bool(losses) and losses[-1] >= state['best_val_loss']
-
-
-def differing(had, words):
-    """What differs between the settings of a run and those of the run that these words start: 'key=value, not value'."""
-    wanted = {key: value for settings in read_settings(words)[:2] for key, value in asdict(settings).items()}
-    had = had | {'data_dir': os.path.abspath(had['data_dir'])}
-    wanted['data_dir'] = os.path.abspath(wanted['data_dir'])
-    return [f'{key}={had[key]}, not {value}' for key, value in wanted.items()
-            if key not in MAY_DIFFER and had.get(key, value) != value]
-
-
-def check_same_settings(folder, state, words):
-    """Raises UserError where the checkpoint in a folder, which may be None, is not of the run that these words start."""
-    others = differing(state['config'], words) if state is not None else []
-    if others:
-        raise UserError(f'{folder} holds a run with {"; ".join(others)}: name another folder with --out_dir')
-
-
-def diverged_before(folder, words):
-    """Whether the run that these words start has been here and diverged."""
-    return report.divergence(folder) is not None and not differing(report.settings_of(folder), words)
-
-
 def call(config, words, folder):
     """Runs train.py with these words, passing signals on to it. Returns False if the run in this folder diverged, True after
     success; ends with its exit code if it fails otherwise or was stopped."""
     command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
-    earlier = report.divergence(folder)
+    earlier = divergence(folder)
     print('\n$ ' + shlex.join(command), flush=True)
 
     def pass_on(number, frame):
@@ -303,143 +259,123 @@ def call(config, words, folder):
             signal.signal(number, handler)
     if stopped and code <= 0:
         code = 128 + stopped[0]
-    if code and (stopped or report.divergence(folder) in (None, earlier)):  # torchrun has an exit code of its own
+    if code and (stopped or divergence(folder) in (None, earlier)):  # torchrun has an exit code of its own
         raise SystemExit(code if code > 0 else 128 - code)
     return code == 0
 
 
-def trial_folder(config, variant):
-    return os.path.join(config.runs, variant.replace(' ', '-') + '-trial')
-
-
-def speed_of(config, planned, measure=False):
-    """Tokens per second of a variant; None where they are not known yet, unless it is to `measure` them, and where even a
+def trial_of(config, planned, measure=False):
+    """The Run that tells how fast a variant is; None where it has not ended yet, unless it is to `measure`, and where even a
     trial diverges.
 
-    The trial is one for all of a variant's runs, so that a budget in seconds is the same for all of its seeds. Its learning
-    rate is 0, which is as fast as any other and loses no variant that needs its warmup. As speed does not depend on what an
-    encoder has learnt, drifting's is the trial of gpt2."""
-    trial = trial_folder(config, planned.variant)
-    words = [*planned.words, f'--out_dir={trial}', *planned.length(TRIAL), f'--seed={TUNING_SEED}', '--eval_iters=1',
-             f'--eval_interval={TRIAL}', '--log_interval=5', '--warmup_ratio=0', '--warmup_iters=0', '--learning_rate=0',
-             '--min_lr=0']
-    if not measure and not finished(trial, last_state(trial), TRIAL):
-        return None
+    It is one for all of a variant's runs, so that a budget in seconds is the same for all of its seeds, and stays what it is
+    on another device; for the estimate alone it is made anew there. As speed does not depend on what an encoder has learnt,
+    drifting's is the trial of gpt2."""
+    folder = os.path.join(config.runs, planned.variant.replace(' ', '-') + '-trial')
+    words = [*planned.words, f'--out_dir={folder}', *planned.length(costs.TRIAL), *costs.TRIAL_WORDS]
     if needs_encoder(planned.variant):
-        encoder = plan_one(config, ENCODER, 'gpt2', HELPER_SEEDS[ENCODER], ENCODER)
-        if not speed_of(config, encoder, measure):
+        encoder = trial_of(config, plan_one(config, ENCODER, 'gpt2', HELPER_SEEDS[ENCODER], ENCODER), measure)
+        if not encoder:
             return None
-        words.append(f'--encoder={trial_folder(config, "gpt2")}')
-    if not train_one(config, trial, words, TRIAL):
+        words.append(f'--encoder={encoder.folder}')
+    trial = run_of(words)
+    if not measure and not trial.finished(trial.state()):
         return None
-    return statistics.median(entry['tokens_per_s'] for entry in report.read_lines(trial) if 'tokens_per_s' in entry)
+    anew = measure and not config.seconds and costs.foreign(trial)
+    ended = call(config, [*words, '--overwrite=True'], folder) if anew else train_one(config, trial)
+    return trial if ended else None
 
 
 def iterations(config, planned):
     """How many iterations the budget gives to a run; None where it is in seconds and the speed is not known."""
     if not config.seconds:
         return max(1, round(config.tokens / planned.tokens_per_iter))
-    speed = speed_of(config, planned)
-    return speed and max(1, round(config.seconds * speed / planned.tokens_per_iter))
+    trial = trial_of(config, planned)
+    return trial and max(1, round(config.seconds * median_speed(trial.log()) / planned.tokens_per_iter))
 
 
-def train_one(config, folder, words, max_iters):
-    """Trains the run that these words start, goes on with it, or leaves it as it is. Returns whether it came to its end:
-    False if it diverged, now or before."""
-    state = last_state(folder)
-    check_same_settings(folder, state, words)
-    if finished(folder, state, max_iters):
+def train_one(config, run_):
+    """Trains a Run, goes on with it, or leaves it as it is. Returns whether it came to its end: False if it diverged, now or
+    before."""
+    state = run_.state()
+    if run_.finished(state):
         return True
-    if diverged_before(folder, words):
+    if run_.diverged():
         return False
-    return call(config, words if state is None else ['--init_from=resume', f'--out_dir={folder}'], folder)
+    return call(config, run_.words if state is None else ['--init_from=resume', f'--out_dir={run_.folder}'], run_.folder)
 
 
-def collect(config, planned, max_iters):
-    """`report.collect` of a run that was trained for so many iterations."""
+def collect(config, run_):
+    """`report.collect` of a Run that was trained."""
     launcher = config.launcher if config.launch else ['python']
-    return report.collect(planned.folder, shlex.join([*launcher, 'train.py', *planned.arguments(max_iters)]))
+    return report.collect(run_, shlex.join([*launcher, 'train.py', *run_.words]))
 
 
-def check_same_runs(config, runs):
-    """Raises UserError where a run that is there already is of another comparison."""
-    tuned = {}
-    for planned in runs:
-        max_iters = iterations(config, planned)
-        if not max_iters:
-            continue
-        if config.tune and not planned.helps:
-            if planned.variant not in tuned:
-                tuned[planned.variant] = known_losses(config, planned.variant, share_of(max_iters))
-            losses = tuned[planned.variant]
-            if None in losses.values():
-                if checkpoint.holds_run(planned.folder):
-                    raise UserError(f'{planned.folder} holds a run, and its learning rate is not tuned yet: name another '
-                                    'folder with --out_dir')
-                continue
-            planned = at_rate(config, planned, best_of(losses))
-        check_same_settings(planned.folder, last_state(planned.folder), planned.arguments(max_iters))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tuning
-
-def ladder(n):
-    """n factors of a learning rate, each twice the one before: 1/2, 1, 2. An even n has one more below 1 than above: a rate
-    that is too high may be lost altogether, one that is too low is only slow."""
-    return [2.0 ** (i - n // 2) for i in range(n)]
-
-
-def tries(config, variant):
-    """{factor: the Planned run that tries it}"""
-    return {factor: plan_one(config, f'{variant}, {factor:g} times the learning rate', variant, TUNING_SEED,
-                             f'{variant.replace(" ", "-")}_tune_x{factor:g}', factor) for factor in ladder(config.tune)}
-
-
-def share_of(max_iters):
-    """The iterations of a try, for a run of so many."""
-    return max(1, round(max_iters / TUNING_SHARE))
-
-
-def known_losses(config, variant, max_iters):
-    """{factor: val_loss at the end of its try, infinite where it diverged, None where it has not ended}. Raises UserError
-    where a try is of another comparison."""
-    losses = {}
-    for factor, attempt in tries(config, variant).items():
-        words, state = attempt.arguments(max_iters), last_state(attempt.folder)
-        check_same_settings(attempt.folder, state, words)
-        losses[factor] = math.inf if diverged_before(attempt.folder, words) else None
-        if finished(attempt.folder, state, max_iters):
-            losses[factor] = report.last_loss(attempt.folder)
-    return losses
-
-
-def best_of(losses):
-    """The factor with the lowest loss, the lower one of two equals; None where all diverged."""
-    best = min(losses, key=lambda factor: (losses[factor], factor))
-    return best if losses[best] < math.inf else None
+def tries(config, planned, max_iters):
+    """{factor: the Run that tries it} for runs of so many iterations; none for judge and encoder."""
+    name, folder, share = planned.variant, planned.variant.replace(' ', '-') + '_tune_x', tuning.share_of(max_iters)
+    return {factor: plan_one(config, name, name, tuning.SEED, f'{folder}{factor:g}', factor).of_length(share)
+            for factor in tuning.ladder(0 if planned.helps else config.tune)}
 
 
 def at_rate(config, planned, factor):
     """This run at so many times its learning rate; as it is where factor is None."""
-    if factor is None:
-        return planned
-    return plan_one(config, planned.name, planned.variant, planned.config.seed, os.path.basename(planned.folder), factor)
+    seed, folder = planned.settings['seed'], os.path.basename(planned.folder)
+    return plan_one(config, planned.name, planned.variant, seed, folder, factor)
 
 
-def tune(config, variant, max_iters):
+def tune(config, planned, max_iters):
     """Trains the tries of a variant -> the best factor, None where all diverged; what the report says of them; the runs."""
-    attempts = tries(config, variant)
+    attempts = tries(config, planned, max_iters)
     for attempt in attempts.values():
-        train_one(config, attempt.folder, attempt.arguments(max_iters), max_iters)
-    losses = known_losses(config, variant, max_iters)
-    best = best_of(losses)
-    rates = {factor: attempt.config.learning_rate for factor, attempt in attempts.items()}
-    told = {'measure': TYPES[attempt.model_config.model_type].objective(attempt.model_config).val_metric,
-            'tries': [{'learning_rate': rates[factor], 'val_loss': loss if loss < math.inf else None}
-                      for factor, loss in losses.items()],
-            'learning_rate': rates.get(best), 'at_the_edge': best in (min(losses), max(losses))}
-    return best, told, [collect(config, attempt, max_iters) for attempt in attempts.values()]
+        train_one(config, attempt)
+    losses = tuning.losses_of(attempts)
+    measure = TYPES[planned.model_config.model_type].objective(planned.model_config).val_metric
+    return (tuning.best_of(losses), tuning.told(attempts, losses, measure),
+            [collect(config, attempt) for attempt in attempts.values()])
+
+
+def known_runs(config, runs, measure=False):
+    """Yields, for the runs of each variant, for judge and for encoder: the name; the first as Planned; the tries, {factor:
+    Run}; the losses of these, {factor: val_loss}; and themselves as Runs, at the best rate where that is known already.
+    Where the budget is in seconds, only those whose trial has ended, unless it is to `measure`."""
+    groups = {}
+    for planned in runs:
+        groups.setdefault(planned.name if planned.helps else planned.variant, []).append(planned)
+    for title, group in groups.items():
+        if config.seconds and not trial_of(config, group[0], measure):
+            continue
+        max_iters = iterations(config, group[0])
+        attempts = tries(config, group[0], max_iters)
+        losses = tuning.losses_of(attempts)
+        tuned = [at_rate(config, planned, tuning.best_of(losses)) for planned in group]
+        yield title, group[0], attempts, losses, [planned.of_length(max_iters) for planned in tuned]
+
+
+def check_same_runs(config, runs):
+    """Raises UserError where a run that is there already is of another comparison."""
+    for _, _, _, losses, known in known_runs(config, runs):
+        for run_ in known:
+            if None in losses.values() and checkpoint.holds_run(run_.folder):
+                raise UserError(f'{run_.folder} holds a run, and its learning rate is not tuned yet: name another folder '
+                                'with --out_dir')
+            run_.state()
+
+
+def what_remains(config, runs):
+    """{variant, or judge or encoder: Remaining}, after trials of those for which an estimate is worth one."""
+    remaining = {}
+    for title, planned, attempts, _, known in known_runs(config, runs, measure=True):
+        here = costs.Remaining()
+        for run_ in (*attempts.values(), *known):
+            here.add(run_, planned.evaluation_share(run_))
+        worth = config.seconds or here.iterations >= costs.WORTH_A_TRIAL
+        trial = trial_of(config, planned, measure=True) if worth else None
+        if trial and not costs.foreign(trial):
+            here.take_time(trial)
+        if here.iterations:
+            remaining[title] = here
+    return remaining
 
 
 def train_all(config, runs):
@@ -451,98 +387,18 @@ def train_all(config, runs):
         lost = not max_iters
         if config.tune and not planned.helps and not lost:
             if planned.variant not in tuned:
-                tuned[planned.variant] = tune(config, planned.variant, share_of(max_iters))
+                tuned[planned.variant] = tune(config, planned, max_iters)
             factor = tuned[planned.variant][0]
             lost, planned = factor is None, at_rate(config, planned, factor)
-        if lost or not train_one(config, planned.folder, planned.arguments(max_iters), max_iters):
+        if lost or not train_one(config, planned.of_length(max_iters)):
             if planned.helps:
                 raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
             diverged.append(planned.name)
         else:
-            trained.append((planned, collect(config, planned, max_iters)))
+            trained.append((planned, collect(config, planned.of_length(max_iters))))
     if all(planned.helps for planned, _ in trained):
         raise UserError('all runs diverged: take a recipe with a lower learning_rate')
     return trained, tuned, diverged
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the estimate
-
-@dataclass
-class Remaining:
-    """What is still to be trained of a variant, or of the judge or encoder."""
-    runs: int = 0
-    tries: int = 0
-    iterations: int = 0
-    tokens: int = 0
-    steps: float = 0.0  # tokens, and those of training that take as long as the evaluations
-    seconds: float | None = None  # None where no trial was worth while
-
-    def add(self, planned, max_iters):
-        """Adds a run, as far as its log does not have it yet."""
-        entries = report.read_lines(planned.folder) or [{'iter': 0}]
-        left = 0 if entries[-1].get('diverged') else max(0, max_iters - entries[-1]['iter'])
-        tokens = left * planned.tokens_per_iter
-        self.tries += bool(left) and planned.config.seed == TUNING_SEED
-        self.runs += bool(left) and planned.config.seed != TUNING_SEED
-        self.iterations, self.tokens = self.iterations + left, self.tokens + tokens
-        self.steps += tokens * (1 + planned.evaluation_share(max_iters))
-
-
-def what_remains(config, runs):
-    """{variant, or judge or encoder: Remaining}, after trials of those for which an estimate is worth one."""
-    groups, remaining = {}, {}
-    for planned in runs:
-        groups.setdefault(planned.name if planned.helps else planned.variant, []).append(planned)
-    for title, group in groups.items():
-        if config.seconds:
-            speed_of(config, group[0], measure=True)
-        max_iters, here = iterations(config, group[0]), Remaining()
-        if not max_iters:
-            continue
-        for attempt in () if group[0].helps else tries(config, title).values():
-            here.add(attempt, share_of(max_iters))
-        for planned in group:
-            here.add(planned, max_iters)
-        if here.iterations >= WORTH_A_TRIAL or config.seconds:
-            speed = speed_of(config, group[0], measure=True)
-            here.seconds = here.steps / speed if speed else None
-        if here.iterations:
-            remaining[title] = here
-    return remaining
-
-
-def units_of(config, remaining):
-    """-> how many cores or GPUs train at once, as the first trial says, and which of the two."""
-    unit = 'core' if config.device.startswith('cpu') else 'GPU'
-    for title, here in remaining.items():
-        if here.seconds:
-            run_ = report.settings_of(trial_folder(config, 'gpt2' if title in HELPER_SEEDS else title))
-            return run_['world_size'] * (run_['threads'] if unit == 'core' else 1), unit
-    return 1, unit
-
-
-def plan_lines(remaining, count, unit):
-    """The plan in words: what remains, and its hours on `count` cores or GPUs at once."""
-    if not remaining:
-        return ['nothing is left to train']
-
-    def hours(seconds):
-        return f'{seconds / 3600:,.0f}' if seconds >= 36000 else f'{seconds / 3600:.2g}'
-
-    def line(title, here):
-        cost = 'not timed' if here.seconds is None else f'{hours(here.seconds * count)} {unit}-hours'
-        return f'  {title:<26} runs {here.runs:>3}, tries {here.tries:>3}, tokens {here.tokens:>16,} {cost:>20}'
-    timed = [here.seconds for here in remaining.values() if here.seconds is not None]
-    sums = {key: sum(getattr(here, key) for here in remaining.values()) for key in ('runs', 'tries', 'tokens')}
-    lines = ['still to be trained:', *(line(*pair) for pair in remaining.items()),
-             line('together', Remaining(**sums, seconds=sum(timed) if timed else None))]
-    if timed:
-        lines.append(f'about {hours(sum(timed))} hours by the clock on {count} {unit}{"s" * (count > 1)}; a batch of '
-                     'evaluation during training is taken for a third of one of training')
-    if len(timed) < len(remaining):
-        lines.append(f'not timed, and not in the hours: fewer than {WORTH_A_TRIAL} iterations, or a trial that diverged')
-    return [*lines, 'not included: the start of each command, the evaluation of finished runs, and their samples']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,16 +410,17 @@ def identity_of(folder):
     return {key: state[key] for key in ('run_id', 'iter_num')}
 
 
-def evaluate_run(config, planned, reference_rows):
+def evaluate_run(config, planned, others):
     """{name: number} of one run on validation text and of its samples; some texts. Kept in the run's evaluation.json. No
-    more text is evaluated than a run trains on."""
+    more text is evaluated than a run trains on. `others`, of real text and n-gram models, are the same for all runs: the
+    first one that needs them fills them in."""
     folder, started = planned.folder, time.perf_counter()
     path, judge = os.path.join(folder, 'evaluation.json'), os.path.join(config.runs, JUDGE)
     meta, tokens = load_meta(config.data), iterations(config, planned) * planned.tokens_per_iter
     windows = 0 if tokens >= meta['splits']['val']['tokens'] else max(1, tokens // planned.model_config.block_size)
     asked = {'samples': config.samples, 'length': config.length, 'checkpoint': identity_of(folder), 'windows': windows,
              'judge': identity_of(judge) if config.samples else None, 'text': meta['splits']['val']['text_sha256']}
-    known = read_evaluation(path)
+    known = read_object(path)
     if known.get('asked') == asked:
         return known
     c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 2 * FOLDS), length=config.length,
@@ -578,7 +435,9 @@ def evaluate_run(config, planned, reference_rows):
         judge = evaluate.load(c, judge, alone.device)
         evaluate.check_judge(c, judge, [entry])
         evaluation['quality'] = evaluate.sample_quality(c, draw_config, [entry], judge, alone)[entry.name]
-        evaluation['others'] = reference_rows(c, entry, judge)
+        if not others:
+            others |= evaluate.reference_quality(c, entry, judge)
+        evaluation['others'] = others
     few = evaluate.EvalConfig(num_samples=2 * FOLDS, length=config.length,
                               seed=derive_seed(c.seed, Stream.SHOWN_TEXTS) % 2 ** 31)
     samples, _, _ = evaluate.draw_samples(entry, few, draw_config, [meta['eot']] * few.num_samples, alone)
@@ -586,28 +445,7 @@ def evaluate_run(config, planned, reference_rows):
     seconds = time.perf_counter() - started
     print(f', {seconds:.1f} s', flush=True)
     report.write_whole(path, json.dumps(evaluation | {'texts': texts, 'seconds': seconds}))
-    return read_evaluation(path)
-
-
-def once(function):
-    """`function`, which is called the first time only and gives the same ever after."""
-    kept = []
-
-    def call(*arguments):
-        if not kept:
-            kept.append(function(*arguments))
-        return kept[0]
-    return call
-
-
-def read_evaluation(path):
-    """What an evaluation.json holds; nothing where it is missing or unreadable."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            evaluation = json.load(f)
-    except (OSError, ValueError):
-        return {}
-    return evaluation if isinstance(evaluation, dict) else {}
+    return read_object(path)
 
 
 def main(argv):
@@ -619,16 +457,16 @@ def main(argv):
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be made: {e.strerror}') from None
     remaining = what_remains(config, runs)
-    print('\n' + '\n'.join(plan_lines(remaining, *units_of(config, remaining))), flush=True)
+    print('\n' + '\n'.join(costs.plan_lines(remaining, costs.unit_of(config.device))), flush=True)
     started = time.time()
     trained, tuned, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
-    variants, helpers, reference_rows = {}, [], once(evaluate.reference_quality)
+    variants, helpers, others = {}, [], {}
     for planned, run_ in trained:
         if planned.helps:
             helpers.append(run_)
         else:
-            evaluation = evaluate_run(config, planned, reference_rows)
+            evaluation = evaluate_run(config, planned, others)
             variants.setdefault(planned.variant, []).append(run_ | {'evaluation': evaluation})
     budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
     facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,

@@ -17,6 +17,7 @@ import torch
 
 from nanodrift import checkpoint
 from nanodrift.options import UserError
+from nanodrift.runs import median_speed, read_lines, settings_of
 from nanodrift.tokenizer import write_atomically
 
 matplotlib.use('Agg')  # files only: no window
@@ -58,47 +59,12 @@ def write_whole(path, text):
         raise UserError(f'cannot write {path}: {e.strerror}') from None
 
 
-def read_lines(folder):
-    """The entries of a run's metrics.jsonl; none where it has not begun. A last line that is not whole was cut by a kill,
-    and will be written again."""
-    path = os.path.join(folder, 'metrics.jsonl')
-    try:
-        with open(path, encoding='utf-8') as f:
-            text = f.read()
-    except FileNotFoundError:
-        return []
-    try:
-        return [json.loads(line) for line in text[:text.rfind('\n') + 1].splitlines()]
-    except ValueError as e:
-        raise UserError(f'{path} is damaged: {e}; remove its folder, and it is trained again') from None
-
-
-def divergence(folder):
-    """When a run wrote, as its last line, that its loss is no number; None if it did not."""
-    if any(entry.get('diverged') for entry in read_lines(folder)[-1:]):
-        return os.stat(os.path.join(folder, 'metrics.jsonl')).st_mtime_ns
-
-
-def last_loss(folder):
-    """The val_loss of a run's last evaluation."""
-    return [entry['val_loss'] for entry in read_lines(folder) if entry.get('val_loss') is not None][-1]
-
-
-def settings_of(folder):
-    """What a run's config.json says."""
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        return json.load(f)
-
-
-def collect(folder, command):
-    """What the report needs of one trained run, but for its evaluation."""
-    settings = settings_of(folder)
-    per_iter = settings['batch_size'] * settings['gradient_accumulation_steps'] * settings['block_size']
-    entries = read_lines(folder)
-    speeds = [entry['tokens_per_s'] for entry in entries if 'tokens_per_s' in entry]
-    *_, (_, seconds) = with_seconds(entries, per_iter)
-    return {'entries': entries, 'tokens_per_iter': per_iter, 'speed': statistics.median(speeds) if speeds else None,
-            'seconds': seconds, 'settings': settings, 'command': command}
+def collect(run, command):
+    """What the report needs of one trained Run, but for its evaluation."""
+    entries = read_lines(run.folder)
+    *_, (_, seconds) = with_seconds(entries, run.tokens_per_iter)
+    return {'entries': entries, 'tokens_per_iter': run.tokens_per_iter, 'speed': median_speed(entries), 'seconds': seconds,
+            'settings': settings_of(run.folder), 'command': command}
 
 
 def with_seconds(entries, per_iter):
@@ -223,8 +189,8 @@ def conclusions(rows):
                 words, by = verdict(row, base, part, key), abs(row[part][key][0] - base[part][key][0])
                 told[words].append(row['variant'] + (f' (by {shown((by, None))})' if words in (LOWER, HIGHER) else ''))
         its = shown(base[part][key], part == 'likelihood' and base['bound'])
-        found = '; '.join(f'{words}: {", ".join(names)}' for words, names in told.items() if names)
-        sentences.append(f'{SUMMARY[part, key].capitalize()}, compared with {base["variant"]} ({its}): {found}.')
+        verdicts = '; '.join(f'{words}: {", ".join(names)}' for words, names in told.items() if names)
+        sentences.append(f'{SUMMARY[part, key].capitalize()}, compared with {base["variant"]} ({its}): {verdicts}.')
     if sentences and not any(row[part][key] and row[part][key][1] is not None for row in rows for part, key in COMPARED):
         return ['Each variant has a single seed: nothing can be concluded from the differences between them.']
     return sentences or ['There is nothing to compare.']
@@ -372,14 +338,14 @@ def write(out_dir, facts, variants, helpers, tuning, tries):
     commands = {os.path.basename(run['settings']['out_dir']): {'command': run['command'],
                                                                'commit': run['settings']['commit']}
                 for run in helpers + tries + compared}
-    found = {'facts': facts, 'rows': rows, 'others': others, 'tuning': tuning, 'commands': commands}
-    write_whole(os.path.join(out_dir, 'results.json'), json.dumps(found, indent=1))
+    results = {'facts': facts, 'rows': rows, 'others': others, 'tuning': tuning, 'commands': commands}
+    write_whole(os.path.join(out_dir, 'results.json'), json.dumps(results, indent=1))
     with open(os.path.join(HERE, 'report.html'), encoding='utf-8') as f:
         template = jinja2.Template(f.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     texts = {name: runs[0]['evaluation']['texts'] for name, runs in variants.items()}
     path = os.path.join(out_dir, 'report.html')
     summary = {column: title for column, title in SUMMARY.items() if any(row[column[0]][column[1]] for row in rows)}
-    write_whole(path, template.render(found, conclusions=conclusions(rows), pictures=pictures(variants, rows), texts=texts,
+    write_whole(path, template.render(results, conclusions=conclusions(rows), pictures=pictures(variants, rows), texts=texts,
                                       samples=n, summary=summary, likelihood=LIKELIHOOD, quality=QUALITY, shown=shown,
                                       beyond=BEYOND, paper=PAPER, ink=INK))
     return path, rows
