@@ -17,9 +17,10 @@ import compare
 import prepare
 import train
 from model import TYPES
-from nanodrift import checkpoint, report
+from nanodrift import checkpoint, report, tuning
 from nanodrift.data import load_meta
 from nanodrift.options import UserError, read_config_file
+from nanodrift.runs import Run, read_lines, settings_of
 
 RECIPE = '''
 n_layer = 2
@@ -119,65 +120,7 @@ def test_a_report_of_several_types(place, words, calls):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the page
-
-@pytest.mark.parametrize('pair, written', [
-    ((3.49871, 0.01694), '3.499 ± 0.017'), ((3.49871, 0.17), '3.50 ± 0.17'), ((3.49871, 0.00001), '3.499 ± 0.000'),
-    ((3.49871, None), '3.50'), ((0.26712, None), '0.27'), ((63.0, 0.0), '63'), ((15.71, None), '15.7'), ((0, None), '0'),
-    ((23362.4, None), '23,400'), ((23362.4, 812.3), '23,360 ± 810'), ((-0.5049, None), '-0.50')])
-def test_numbers_have_no_more_digits_than_they_know(pair, written):
-    assert report.shown(pair) == written and report.shown(pair, bound=True) == f'≤ {written}'
-
-
-def row(name, loss, classifier=None, bound=False):
-    return {'variant': name, 'bound': bound, 'likelihood': {'loss': loss, 'loss_at_equal_seconds': None},
-            'quality': {'classifier': classifier}}
-
-
-def test_conclusions_are_those_of_the_rule():
-    rows = [row('heat', (3.485, 0.026)), row('gpt2', (3.499, 0.017), (0.606, 0.005)), row('rotating lr', (3.312, 0.023)),
-            row('duo', (4.068, 0.045)), row('diffusion', (4.963, 0.067), (0.696, 0.012), bound=True),
-            row('blocks', (3.2, 0.02), bound=True), row('drifting', None, (0.93, 0.003)), row('dd', (3.1, None))]
-    loss, samples = report.conclusions(rows)
-    assert loss == (
-        'Validation loss, compared with gpt2 (3.499 ± 0.017): lower, beyond the seeds: rotating lr (by 0.19), blocks (by '
-        '0.30); higher, beyond the seeds: duo (by 0.57); no difference beyond the seeds: heat; a bound that is not lower, '
-        'so nothing follows: diffusion; a single seed, so nothing follows: dd.')
-    assert 'told from text, compared with gpt2' in samples and 'higher, beyond the seeds: diffusion (by 0.09), dr' in samples
-    two = [row('nelbo', (3.9, 0.02), bound=True), row('blocks', (3.5, 0.02), bound=True)]
-    assert report.conclusions(two) == [
-        'Validation loss, compared with nelbo (≤ 3.900 ± 0.020): lower, beyond the seeds: blocks (by 0.40).']
-    single, = report.conclusions([row('gpt2', (3.5, None)), row('duo', (9.0, None), bound=True)])
-    assert 'nothing can be concluded' in single
-    assert report.conclusions(rows[:1]) == ['There is nothing to compare.']
-
-
-@pytest.mark.parametrize('paper', report.PAPER)
-def test_lines_are_seen_on_light_and_dark_paper(paper):
-    """WCAG 2.1 asks of graphics a contrast of 3 to 1."""
-    def luminance(colour):
-        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    for colour in report.COLOURS:
-        darker, lighter = sorted((luminance(colour), luminance(paper)))
-        assert (lighter + 0.05) / (darker + 0.05) >= 3
-
-
-def test_seeds_are_a_band_and_bounds_are_dashed():
-    def run(kind, *losses):
-        entries = [{'iter': 10 * i, 'tokens_per_s': 100, 'val_loss': loss} for i, loss in enumerate((9.0, *losses))]
-        return {'evaluation': {'likelihood': {kind: 0}}, 'entries': entries, 'tokens_per_iter': 10}
-    variants = {'drifting': [run('js_2', 1.0)], 'gpt2': [run('loss', 4.0, 2.0), run('loss', 3.0, 3.0)],
-                'diffusion': [run('bound', 5.0, 5.0)]}
-    assert list(report.band(variants['gpt2'], 'val_loss', 'tokens')) == [(100, 3.5, 3.0, 4.0), (200, 2.5, 2.0, 3.0)]
-    fig, axes = report.plt.subplots()
-    report.draw_curves(axes, variants, ['gpt2', 'diffusion'], 'val_loss', 'seconds')
-    report.plt.close(fig)
-    assert [(line.get_label(), line.get_linestyle()) for line in axes.lines] == [('gpt2', '-'), ('≤ diffusion', '--')]
-    assert axes.get_legend_handles_labels()[1] == ['gpt2', '≤ diffusion'] and len(axes.collections) == 2
-    assert [line.get_color() for line in axes.lines] == list(report.COLOURS[1:3])  # as in the other pictures
-
+# what is evaluated, and what the page has of it
 
 @pytest.mark.slow
 def test_reference_rows_are_computed_once_and_what_is_evaluated_is_said(place, words, calls, monkeypatch, capsys):
@@ -211,16 +154,12 @@ def test_no_more_text_is_evaluated_than_a_run_trains_on(place, words, calls, cap
 
 def test_curves_have_points_and_the_time_counts(place, words, calls):
     compare.main(words('curves', '--variants=gpt2', '--seeds=7', '--samples=0', '--tokens=5120'))
-    run = report.collect(str(place / 'curves' / 'runs' / 'gpt2_seed7'), '')
+    folder = place / 'curves' / 'runs' / 'gpt2_seed7'
+    run = report.collect(Run([], settings_of(folder)), '')
     assert len(run['entries']) > 10 and run['seconds'] > 0 and run['speed'] > 0
     points = report.curve(run, 'val_loss', 'seconds')
     assert len(points) == compare.EVALUATIONS and points == sorted(points) and points[-1][0] == pytest.approx(run['seconds'])
     assert [tokens for tokens, _ in report.curve(run, 'val_loss', 'tokens')] == [512 * i for i in range(1, 11)]
-
-
-def test_seconds_between_measurements():
-    entries = [{'iter': 0}, {'iter': 10, 'tokens_per_s': 100}, {'iter': 15}, {'iter': 20, 'tokens_per_s': 50}, {'iter': 23}]
-    assert [seconds for _, seconds in report.with_seconds(entries, 100)] == [0, 10, 15, 25, 31]
 
 
 @pytest.mark.slow
@@ -231,7 +170,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls):
     process = subprocess.Popen([sys.executable, 'compare.py', *cut], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     folder = place / 'cut' / 'runs' / 'duo_seed3'
     until = time.monotonic() + 120
-    while not any(entry['iter'] >= 20 for entry in report.read_lines(str(folder))):
+    while not any(entry['iter'] >= 20 for entry in read_lines(str(folder))):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -258,22 +197,10 @@ def test_a_second_seed_is_trained_beside_the_first(place, words, calls):
     assert results(place / 'seeds')['rows'][0]['likelihood']['loss'][1] > 0
 
 
-def test_finished_is_what_the_checkpoint_says(place, words, calls):
-    """A kill between the line of the last evaluation and the save of the best checkpoint leaves an older best one."""
-    compare.main(words('killed', '--variants=gpt2', '--seeds=1', '--samples=0'))
-    folder = str(place / 'killed' / 'runs' / 'gpt2_seed1')
-    state = state_of(folder)
-    loss = report.read_lines(folder)[-1]['val_loss']
-    assert compare.finished(folder, state, 8) and not compare.finished(folder, state, 9)
-    assert not compare.finished(folder, state | {'evaluated_iter': 7, 'best_val_loss': loss + 1}, 8)
-    assert compare.finished(folder, state | {'evaluated_iter': 7, 'best_val_loss': loss - 1}, 8)  # never saved again
-    assert not compare.finished(folder, None, 8)
-
-
 def test_a_budget_in_seconds_is_that_of_the_measured_speed(place, words, calls):
     compare.main(words('seconds', '--variants=gpt2', '--seeds=5,6', '--samples=0', '--seconds=0.5'))
     folder = place / 'seconds' / 'runs'
-    speeds = sorted(entry['tokens_per_s'] for entry in report.read_lines(folder / 'gpt2-trial') if 'tokens_per_s' in entry)
+    speeds = sorted(entry['tokens_per_s'] for entry in read_lines(folder / 'gpt2-trial') if 'tokens_per_s' in entry)
     expected = max(1, round(0.5 * speeds[1] / 128))
     assert len(speeds) == 3 and len(calls) == 3
     assert [state_of(folder / f'gpt2_seed{seed}')['iter_num'] for seed in (5, 6)] == [expected] * 2
@@ -286,16 +213,6 @@ def test_a_budget_in_seconds_is_that_of_the_measured_speed(place, words, calls):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tuning
-
-def test_a_ladder_is_geometric_and_has_the_rate_of_the_recipe():
-    assert [compare.ladder(n) for n in (2, 3, 4)] == [[0.5, 1], [0.5, 1, 2], [0.25, 0.5, 1, 2]]
-
-
-def test_the_best_try_has_the_lowest_loss():
-    assert compare.best_of({0.5: 3.0, 1.0: 2.0, 2.0: math.inf}) == 1.0
-    assert compare.best_of({0.5: 2.0, 1.0: 2.0}) == 0.5
-    assert compare.best_of({0.5: math.inf, 1.0: math.inf}) is None
-
 
 @pytest.mark.slow
 def test_learning_rates_are_tuned_on_another_seed_and_taken_by_all(place, words, calls, monkeypatch):
@@ -313,21 +230,21 @@ def test_learning_rates_are_tuned_on_another_seed_and_taken_by_all(place, words,
         compare.main(args)
     compare.main(args)
     assert len(calls) == 6 + 4  # no try twice
-    runs, found = place / 'tuned' / 'runs', results(place / 'tuned')
+    folder, found = place / 'tuned' / 'runs', results(place / 'tuned')
     for name, dashed in (('gpt2', 'gpt2'), ('diffusion blocks', 'diffusion-blocks')):
-        states = [state_of(runs / f'{dashed}_tune_x{factor}') for factor in ('0.5', '1', '2')]
+        states = [state_of(folder / f'{dashed}_tune_x{factor}') for factor in ('0.5', '1', '2')]
         assert [state['iter_num'] for state in states] == [2] * 3  # a quarter of 8
-        assert {state['config']['seed'] for state in states} == {compare.TUNING_SEED}
+        assert {state['config']['seed'] for state in states} == {tuning.SEED}
         rates = [(state['config']['learning_rate'], state['config']['min_lr']) for state in states]
         assert rates == [(0.005, 0.0005), (0.01, 0.001), (0.02, 0.002)]
         told = found['tuning'][name]
         assert [tried['learning_rate'] for tried in told['tries']] == [0.005, 0.01, 0.02]
-        losses = [report.read_lines(str(runs / f'{dashed}_tune_x{factor}'))[-1]['val_loss'] for factor in ('0.5', '1', '2')]
+        losses = [read_lines(str(folder / f'{dashed}_tune_x{factor}'))[-1]['val_loss'] for factor in ('0.5', '1', '2')]
         assert [tried['val_loss'] for tried in told['tries']] == losses
         best = rates[losses.index(min(losses))]
         assert told['learning_rate'] == best[0] and told['at_the_edge'] == (best[0] != 0.01)
         for seed in (1, 2):
-            config = state_of(runs / f'{dashed}_seed{seed}')['config']
+            config = state_of(folder / f'{dashed}_seed{seed}')['config']
             assert (config['learning_rate'], config['min_lr']) == best
             assert f'--learning_rate={best[0]}' in found['commands'][f'{dashed}_seed{seed}']['command']
     assert found['tuning']['diffusion blocks']['measure'] == 'nelbo'
@@ -347,53 +264,25 @@ def test_tries_that_diverged_are_known_and_no_variant_is_left(place, words, call
         assert len(calls) == 2
 
 
-def test_values_between_points_are_interpolated_and_none_is_extrapolated():
-    points = [(1, 4.0), (3, 2.0), (4, 2.0)]
-    assert [report.value_at(points, x) for x in (0.9, 1, 2, 3.5, 4, 4.1)] == [None, 4.0, 3.0, 2.0, 2.0, None]
-    assert report.value_at([(2, 1.0)], 2) == 1.0 and report.value_at([], 2) is None
-
-
-def test_losses_at_equal_seconds_are_read_where_the_fastest_run_ends():
-    def run(kind, speed):
-        entries = [{'iter': 0, 'val_loss': 9.0}, {'iter': 10, 'tokens_per_s': speed}, {'iter': 10, 'val_loss': 4.0},
-                   {'iter': 20, 'val_loss': 2.0}]
-        return {'evaluation': {'likelihood': {kind: 0}}, 'entries': entries, 'tokens_per_iter': 100, 'seconds': 2000 / speed}
-    runs = [run('loss', 100), run('bound', 75), run('js_2', 1000), run('loss', 40)]
-    assert report.add_losses_at_equal_seconds(runs) == 20  # drifting has no loss, however fast it is
-    assert [r.get('loss_at_equal_seconds') for r in runs] == [2.0, pytest.approx(3.0), None, None]
-    assert report.add_losses_at_equal_seconds(runs[2:3]) is None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the estimate
 
-def test_what_remains_is_what_the_logs_lack(place, words, tmp_path):
-    args = words('none', '--variants=gpt2', '--seeds=1', '--samples=0', '--tune=2', f'--out_dir={tmp_path}')
-    config, _ = compare.configure(args, compare.CompareConfig)
-    planned, = compare.plan(config)
-    attempt, _ = compare.tries(config, 'gpt2').values()
-    log = tmp_path / 'runs' / 'gpt2_seed1' / 'metrics.jsonl'
-    log.parent.mkdir(parents=True)
-    for lines, left in (('', 100), ('{"iter": 40, "loss": 1}\n', 60), ('{"iter": 100, "val_loss": 1}\n', 0),
-                        ('{"iter": 40, "diverged": true}\n', 0)):
-        log.write_text(lines)
-        here = compare.Remaining()
-        here.add(planned, 100)
-        here.add(attempt, 25)
-        assert (here.runs, here.tries, here.iterations) == (int(left > 0), 1, left + 25)
-        assert here.tokens == 128 * (left + 25) < here.steps <= 2 * here.tokens
-
-
-def test_the_plan_in_words():
-    a = compare.Remaining(runs=3, tries=2, iterations=1000, tokens=5000, seconds=7200.0)
-    b = compare.Remaining(runs=1, iterations=8, tokens=1000)
-    said = '\n'.join(compare.plan_lines({'gpt2': a, 'heat': b}, 4, 'core'))
-    assert re.search(r'gpt2 +runs +3, tries +2, tokens +5,000 +8 core-hours\n', said)
-    assert re.search(r'heat +runs +1, tries +0, tokens +1,000 +not timed\n', said)
-    assert re.search(r'together +runs +4, tries +2, tokens +6,000 +8 core-hours\n', said)
-    assert 'about 2 hours by the clock on 4 cores' in said and 'fewer than 60 iterations' in said and 'not included' in said
-    assert 'clock' not in '\n'.join(compare.plan_lines({'heat': b}, 1, 'core'))
-    assert compare.plan_lines({}, 1, 'core') == ['nothing is left to train']
+@pytest.mark.parametrize('change', [{'device': 'cuda'}, {'dtype_used': 'float16'}, {'batch_size': 4}])
+def test_the_estimate_takes_no_speed_of_other_runs(place, words, calls, tmp_path, change):
+    def estimate(*args):
+        args = words('none', '--variants=gpt2', '--seeds=1', '--samples=0', f'--out_dir={tmp_path}', *args)
+        config, _ = compare.configure(args, compare.CompareConfig)
+        return compare.what_remains(config, compare.plan(config))['gpt2'].seconds
+    log, settings = (tmp_path / 'runs' / 'gpt2-trial' / name for name in ('metrics.jsonl', 'config.json'))
+    in_time, in_tokens = '--seconds=1', '--tokens=8192'
+    assert 0.5 < estimate(in_time) < 3 and len(calls) == 1
+    log.write_text(re.sub(r'"tokens_per_s": [0-9.]+', '"tokens_per_s": 128.0', log.read_text()))
+    assert 64 <= estimate(in_tokens) <= 128 and len(calls) == 1
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+    if 'batch_size' not in change:
+        assert estimate(in_time) is None and len(calls) == 1  # the budget remains that of the trial
+    assert estimate(in_tokens) < 32 and len(calls) == 2 and '--overwrite=True' in calls[1]
+    assert estimate(in_tokens) < 32 and len(calls) == 2
 
 
 @pytest.mark.slow
@@ -518,7 +407,7 @@ def test_evaluations_of_a_short_run_take_no_longer_than_its_training(place, word
         given = [*planned.words, *planned.length(max_iters)]
         settings, _, _ = train.read_settings(given)
         most = 3 * max_iters * settings.batch_size
-        assert measured_rows(planned, given) <= most and planned.evaluation_share(max_iters) <= 1
+        assert measured_rows(planned, given) <= most and planned.evaluation_share(compare.run_of(given)) <= 1
         if 4 * measured_rows(planned, [*given, f'--eval_iters={asked}']) <= most:  # there is time for what the recipe asks
             assert settings.eval_iters == asked
         elif asked:

@@ -1,0 +1,15 @@
+"""nanodrift/tuning.py: which learning rates are tried, and which one is taken. Trainings of tries: test_compare.py."""
+import math
+
+from nanodrift import tuning
+
+
+def test_a_ladder_is_geometric_and_has_the_rate_of_the_recipe():
+    assert [tuning.ladder(n) for n in (0, 2, 3, 4)] == [[], [0.5, 1], [0.5, 1, 2], [0.25, 0.5, 1, 2]]
+
+
+def test_the_best_try_has_the_lowest_loss():
+    assert tuning.best_of({0.5: 3.0, 1.0: 2.0, 2.0: math.inf}) == 1.0
+    assert tuning.best_of({0.5: 2.0, 1.0: 2.0}) == 0.5
+    assert tuning.best_of({0.5: math.inf, 1.0: math.inf}) is None
+    assert tuning.best_of({0.5: 3.0, 1.0: None}) is None and tuning.best_of({}) is None
