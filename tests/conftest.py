@@ -93,6 +93,16 @@ def data_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with the data set `text_bpe280`, which has enough validation text for samples; one for each file of tests."""
+    folder = tmp_path_factory.mktemp('place')
+    (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
+    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
+                  f'--data_dir={folder}'])
+    return folder
+
+
 @pytest.fixture(scope='session')
 def encoder(data_dir):
     """The folder of a tiny gpt2 run on `tiny_byte`, which a drifting model takes its features from."""

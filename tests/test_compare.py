@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, pseudo_text
+from conftest import ROOT
 
 import compare
 import prepare
@@ -38,15 +38,11 @@ compile = False
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A folder with a small data set and a recipe."""
-    folder = tmp_path_factory.mktemp('compare')
-    (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
-    (folder / 'recipe.py').write_text(RECIPE)
-    for spec in ('bpe:280', 'byte'):
-        prepare.main([f'--input={folder}/text.txt', '--name=text', f'--tokenizer={spec}', '--num_proc=1',
-                      f'--data_dir={folder}'])
-    return folder
+def place(place):
+    """The same with a recipe, and its text in bytes."""
+    (place / 'recipe.py').write_text(RECIPE)
+    prepare.main([f'--input={place}/text.txt', '--name=text', '--tokenizer=byte', '--num_proc=1', f'--data_dir={place}'])
+    return place
 
 
 @pytest.fixture(scope='module')

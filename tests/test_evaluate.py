@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import pseudo_text, run_script
+from conftest import run_script
 
 import evaluate
 import prepare
@@ -17,16 +17,6 @@ from model import load_model
 from nanodrift import checkpoint
 from nanodrift.data import Stream, Windows, derive_seed, load_meta
 from nanodrift.options import UserError, configure
-
-
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A data set with enough validation text for samples, and a folder of runs on it."""
-    folder = tmp_path_factory.mktemp('place')
-    (folder / 'text.txt').write_text(pseudo_text(300), encoding='utf-8')
-    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
-                  f'--data_dir={folder}'])
-    return folder
 
 
 @pytest.fixture(scope='module')

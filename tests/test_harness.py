@@ -6,11 +6,10 @@ import re
 
 import pytest
 import torch
-from conftest import BLOCKS, ROOT, TASKS, TINY, local_task, pseudo_text
+from conftest import BLOCKS, ROOT, TASKS, TINY, local_task
 
 import evaluate
 import export
-import prepare
 import train
 from model import GPT, GPTConfig
 from nanodrift.blocks import BlockTrunk
@@ -29,19 +28,15 @@ LONG = 'The drift cools the token. ' * 4
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A folder with runs called gpt2, nelbo and drifting, and tasks that need no network."""
-    folder = tmp_path_factory.mktemp('harness')
-    (folder / 'text.txt').write_text(pseudo_text(60), encoding='utf-8')
-    prepare.main([f'--input={folder}/text.txt', '--name=text', '--tokenizer=bpe:280', '--num_proc=1',
-                  f'--data_dir={folder}'])
+def place(place):
+    """The same with runs called gpt2, nelbo and drifting, and tasks that need no network."""
     for name, options in {'gpt2': {}, 'nelbo': NELBO,
-                          'drifting': {'model_type': 'drifting', 'encoder': folder / 'gpt2'}}.items():
-        values = TINY | {'dataset': 'text_bpe280', 'data_dir': folder, 'out_dir': folder / name, 'max_iters': 12} | options
+                          'drifting': {'model_type': 'drifting', 'encoder': place / 'gpt2'}}.items():
+        values = TINY | {'dataset': 'text_bpe280', 'data_dir': place, 'out_dir': place / name, 'max_iters': 12} | options
         assert train.main([f'--{key}={value}' for key, value in values.items()]) == 0
     for kind in TASKS:
-        local_task(folder, kind)
-    return folder
+        local_task(place, kind)
+    return place
 
 
 def requests(kind, *arguments):
