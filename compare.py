@@ -313,7 +313,8 @@ def collect(config, run_):
 
 def tries(config, planned, max_iters):
     """{factor: the Run that tries it} for runs of so many iterations; none for judge and encoder."""
-    name, folder, share = planned.variant, planned.variant.replace(' ', '-') + '_tune_x', tuning.share_of(max_iters)
+    name, share = planned.variant, max(1, round(max_iters / tuning.SHARE))
+    folder = name.replace(' ', '-') + '_tune_x'
     return {factor: plan_one(config, name, name, tuning.SEED, f'{folder}{factor:g}', factor).of_length(share)
             for factor in tuning.ladder(0 if planned.helps else config.tune)}
 
@@ -370,8 +371,7 @@ def what_remains(config, runs):
         for run_ in (*attempts.values(), *known):
             here.add(run_, planned.evaluation_share(run_))
         worth = config.seconds or here.iterations >= costs.WORTH_A_TRIAL
-        trial = trial_of(config, planned, measure=True) if worth else None
-        if trial and not costs.foreign(trial):
+        if worth and (trial := trial_of(config, planned, measure=True)) and not costs.foreign(trial):
             here.take_time(trial)
         if here.iterations:
             remaining[title] = here

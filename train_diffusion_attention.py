@@ -25,6 +25,7 @@ from nanodrift.machine import setup_ranks
 from nanodrift.metrics import Calibration, Mean, over_chunks, predictions, summarize
 from nanodrift.objectives import IGNORE, NEXT_TOKEN, ignoring, sequence_positions
 from nanodrift.options import UserError, build, check_options, option, read_values, run
+from nanodrift.runs import read_lines
 from nanodrift.tokenizer import tokenizer_from_meta, write_atomically
 from train import TrainConfig, Trainer
 
@@ -153,9 +154,7 @@ def train_config(c):
 
 def finish(out_dir):
     """The files that the published experiment leaves, from those of the loop."""
-    with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f]
-    evaluations = [entry for entry in entries if 'val_loss' in entry]
+    evaluations = [entry for entry in read_lines(out_dir) if 'val_loss' in entry]
     names = dict.fromkeys(name for entry in evaluations for name in entry)
     path, columns = os.path.join(out_dir, 'metrics.json'), {name: [e.get(name) for e in evaluations] for name in names}
     try:

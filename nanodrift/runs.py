@@ -82,8 +82,7 @@ class Run:
     def state(self):
         """The last checkpoint in its folder; None where there is none yet. Raises UserError where it is of another run."""
         state = checkpoint.load_last(self.folder) if checkpoint.holds_run(self.folder) else None
-        others = self.differing(state['config']) if state is not None else []
-        if others:
+        if state is not None and (others := self.differing(state['config'])):
             raise UserError(f'{self.folder} holds a run with {"; ".join(others)}: name another folder with --out_dir')
         return state
 

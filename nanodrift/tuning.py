@@ -15,11 +15,6 @@ def ladder(n):
     return [2.0 ** (i - n // 2) for i in range(n)]
 
 
-def share_of(max_iters):
-    """The iterations of a try, for a run of so many."""
-    return max(1, round(max_iters / SHARE))
-
-
 def losses_of(tries):
     """{factor: Run} -> {factor: val_loss at its end, infinite where it diverged, None where it has not ended}. Raises
     UserError where a try is of another comparison."""
