@@ -202,8 +202,9 @@ def clock(device, function, *arguments):
     return time.perf_counter() - started
 
 
-def peak_flops(device, dtype, rounds=5, size=2048):
+def peak_flops(device, dtype, rounds=5):
     """Floating-point operations per second of square matrix products: what this machine can do, as it is now."""
+    size = 8192 if device.type == 'cuda' else 2048  # a GPU is done with a small one before the clock is read
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype]).unbind(0)
     times = [clock(device, torch.mm, a, b) for _ in range(rounds + 2)][2:]
     return 2 * size ** 3 / statistics.median(times)
@@ -293,15 +294,18 @@ def bench_loss(config, model_config, sides, device, held_out=20):
     return losses
 
 
-def report_memory(names, part):
+def report_memory(names, part, device):
     """{side name: MiB that a fresh process with it alone needs at its peak for three training steps, or to generate}."""
-    memory = {name: memory_of(name, part) for name in names}
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()  # that process needs the room
+    memory = {name: memory_of(name, part, device) for name in names}
     print('  peak memory of a process of its own: ' + ', '.join(f'{name} {mib} MiB' for name, mib in memory.items()))
     return memory
 
 
-def memory_of(name, part):
-    words = [sys.executable, *sys.argv, f'--only={name}', f'--part={part}', '--compile=False', '--rounds=1']
+def memory_of(name, part, device):
+    words = [sys.executable, *sys.argv, f'--only={name}', f'--part={part}', '--rounds=1']
+    words += ['--compile=False'] * (device.type != 'cuda')  # where the compiler's own memory would count
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f'measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}')
@@ -424,7 +428,7 @@ def measure(config, c, sides, device, dtype, peak):
         result['loss'] = bench_loss(config, c, sides, device)
     if config.part == 'types':
         result['types'] = report('training step, in time per token of text', bench_train(config, c, sides, device), tokens)
-        result['peak_MiB'] = report_memory(names, 'types')
+        result['peak_MiB'] = report_memory(names, 'types', device)
     if config.part == 'refine':
         for n in streams:
             times = bench_refine(config, replace(c, model_type='gpt2'), device, dtype, n)
@@ -432,13 +436,14 @@ def measure(config, c, sides, device, dtype, peak):
     if config.part in ('speed', 'train'):
         times = bench_train(config, c, sides, device)
         result['train'] = report('training step', times, tokens, sides[0].model.flops_per_token(), peak)
-        result['peak_MiB'] = report_memory(names, 'train')
+        result['peak_MiB'] = report_memory(names, 'train', device)
     if config.part in ('speed', 'generate'):
         for n in streams:
             title = f'generation, {n} stream(s) of {config.new_tokens} tokens'
+            title += ', ours records its CUDA graph anew in each round' * (device.type == 'cuda')
             times = bench_generate(config, [*sides, products_side(sides[0].model, n, dtype)], device, n)
             result[f'generate_{n}'] = report(title, times, n * config.new_tokens)
-        result['generate_peak_MiB'] = report_memory(names, 'generate')
+        result['generate_peak_MiB'] = report_memory(names, 'generate', device)
     return result
 
 

@@ -1,5 +1,6 @@
 """bench.py measures both sides and says so in JSON. A small stand-in has the interface of a nanoGPT checkout."""
 import json
+import subprocess
 from functools import partial
 
 import pytest
@@ -64,6 +65,15 @@ def test_both_sides_learn_the_same(tmp_path):
     words = [w for w in TINY if 'vocab' not in w] + ['--vocab_size=320', f'--against={tmp_path}', '--part=loss', '--steps=8']
     loss = json.loads(run_script('bench.py', *words).stdout.splitlines()[-1])['loss']
     assert abs(loss['ours'] - loss['nanoGPT']) < 0.02
+
+
+@pytest.mark.parametrize('device, compiled', [('cpu', False), ('cuda', True)])
+def test_on_gpus_memory_is_that_of_compiled_code(monkeypatch, device, compiled):
+    def run(words, **_):
+        assert ('--compile=False' not in words) == compiled
+        return subprocess.CompletedProcess(words, 0, '{"peak_MiB": 7}')
+    monkeypatch.setattr(bench.subprocess, 'run', run)
+    assert bench.memory_of('ours', 'train', torch.device(device)) == 7
 
 
 def test_a_wrong_path_is_one_line():

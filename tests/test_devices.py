@@ -62,6 +62,21 @@ def step(trainer, mode):
     return mode.operations, mode.bytes / 1e6, mode.copied, mode.waits.total(), mode.awaited, numbers
 
 
+def late_step(trainer, mode):
+    """How a step waits that is as on a GPU, where reading what came of the one before is no wait."""
+    trainer.late = True
+    trainer._step()
+    trainer.outcome = None
+    mode.waits.clear()
+    trainer._step()
+    return mode.waits
+
+
+def test_a_step_waits_for_nothing_else(second):
+    """`make gpu` holds a step of gpt2 to it."""
+    assert second(late_step) == {}
+
+
 def score_statistics(trainer, mode, T):
     """Forward and backward of one head: operations, and how often they read or write T x T floats."""
     q, k = (torch.randn(1, T, 32).to(trainer.ranks.device) for _ in range(2))
