@@ -26,7 +26,7 @@ from nanodrift.options import UserError, check_options, from_stored, option
 from nanodrift.refinement import RefineConfig, check_defined, in_inference_mode, refine
 from nanodrift.rotary import RotaryEmbedding, local_attention_biases, rotary_rates
 from nanodrift.sampling import sample_logits
-from nanodrift.streams import positions_in_training
+from nanodrift.streams import count_in_training
 
 TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
@@ -377,10 +377,9 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations of forward and backward per token of text (PaLM, arXiv 2204.02311, appendix B)."""
         c, head = self.config, 6 * self.config.vocab_size * self.config.n_embd
-        # 12 L C T: q.k and the weighted sum of v, forward and backward
-        body = 6 * self.num_params() - head + 12 * c.n_layer * c.n_embd * c.block_size
-        positions, predictions = positions_in_training(c)
-        return (body * positions + head * predictions) / c.block_size
+        positions, predictions, pairs = count_in_training(c)
+        attention = 12 * c.n_layer * c.n_embd * pairs  # q.k and the weighted sum of v, forward and backward
+        return ((6 * self.num_params() - head) * positions + attention + head * predictions) / c.block_size
 
     @property
     def device(self):
@@ -545,6 +544,11 @@ class ParallelGPT(GPT):
         if config.parallel_merge == 'concat':
             self.transformer.bottleneck = bottleneck = Linear(2 * config.n_embd, config.n_embd)
         return [Pair(left, right, config, bottleneck) for left, right in zip(h[::2], h[1::2])]
+
+    def flops_per_token(self):
+        """All pairs use one projection."""
+        again = len(self.layers) - 1 if self.config.parallel_merge == 'concat' else 0
+        return super().flops_per_token() + again * 6 * 2 * self.config.n_embd ** 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,6 +832,18 @@ class Generator(nn.Module):
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.c_out(F.rms_norm(x, (C,)) * (1 + scale) + shift)
 
+    def flops_per_token(self, c, encoder):
+        """As for gpt2. The generator runs forward twice, the first time for the targets, and back once. The encoder runs
+        forward on real text and on both samples, and back to its inputs. Left out: condition and modulation, of which there
+        is one for each text, and the field, whose work grows with the batch."""
+        h = [layer for block in self.h for layer in (block.c_attn, block.c_proj, block.c_fc, block.c_out)]
+        frozen = [layer for layer in encoder.transformer.h.modules() if isinstance(layer, nn.Linear)]
+        linears = sum(layer.weight.numel() for layer in (self.c_in, *h, self.c_out, *frozen))
+        attention = 4 * c.block_size * c.n_embd  # of a layer, forward; back it is twice that
+        # for each logit of a softmax over the vocabulary: two products forward twice, once more and back; and one for argmax
+        decoding = {'embedding': 0, 'soft': 16, 'straight': 20}[c.drift_output] * c.vocab_size * c.n_embd
+        return 8 * linears + (4 * len(self.h) + 5 * len(encoder.layers)) * attention + decoding
+
 
 class DriftingGPT(EncodedGPT):
 
@@ -838,6 +854,9 @@ class DriftingGPT(EncodedGPT):
     def build(self, config):
         self.generator = Generator(config)
         return list(self.generator.h)
+
+    def flops_per_token(self):
+        return self.generator.flops_per_token(self.config, self.encoder)
 
     def forward(self, noise, style, targets, return_logits=False):
         """noise (B, T, C), style indices (B, 32), a drifting.Field -> None (there are no logits), loss."""

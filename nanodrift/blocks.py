@@ -19,7 +19,7 @@ from nanodrift import kernels
 from nanodrift.kv_cache import KVCache
 from nanodrift.options import UserError
 from nanodrift.refinement import Canvas, Step, refine_canvas
-from nanodrift.streams import Streams
+from nanodrift.streams import block_streams
 
 
 def hidden_slots(slots, c):
@@ -36,9 +36,8 @@ def noisy_states(model, trunk, idx):
     N, shift = c.diffusion_block, c.diffusion_shift
     clean, S = c.block_size - N, N + shift
     copies = (idx.size(1) - clean) // (c.block_size // N * S)
-    first = torch.arange(0, c.block_size, N, device=idx.device).repeat_interleave(copies)
     hidden = hidden_slots(idx[:, clean:].unflatten(1, (-1, S)), c).flatten(1) if shift else None
-    streams = Streams(clean, first, S, N, 1 if shift else N, hidden, copies)
+    streams = block_streams(c, copies, idx.device, hidden)
     return trunk(idx, streams)[:, clean:].unflatten(1, (-1, S))[:, :, :N].flatten(1, 2)
 
 

@@ -58,15 +58,30 @@ class Streams:
             y.append(sdpa(q_noisy[:, :, rows], keys, values, attn_mask=mask))
         return torch.cat(y, dim=2)
 
+    def pairs(self):
+        """How many pairs of a query and a key `attend` multiplies."""
+        clean = sum(mask.numel() for *_, mask in self.clean_chunks) or self.clean ** 2
+        return clean + sum(mask.size(-2) * mask.size(-1) for *_, mask in self.noisy_chunks)
 
-def positions_in_training(c):
-    """How many positions the training pass over a text of block_size tokens has, of a GPTConfig, and how many of them
-    predict a token."""
-    T, N = c.block_size, c.diffusion_block
-    if N:
-        copies = 1 + c.diffusion_complement
-        return T - N + copies * (T // N) * (N + c.diffusion_shift), copies * T
-    return (T + draft_blocks(c) * c.draft_block,) * 2
+
+def block_streams(c, copies, device, hidden=None):
+    """The Streams of block diffusion in training, of a GPTConfig with a diffusion_block."""
+    N, shift = c.diffusion_block, c.diffusion_shift
+    first = torch.arange(0, c.block_size, N, device=device).repeat_interleave(copies)
+    return Streams(c.block_size - N, first, N + shift, N, 1 if shift else N, hidden, copies)
+
+
+def count_in_training(c):
+    """Of the training pass over a text of block_size tokens, of a GPTConfig: how many positions it has, how many of them
+    predict a token, and how many pairs of a query and a key attention multiplies, those that a mask then hides among them."""
+    T, copies = c.block_size, 1 + c.diffusion_complement
+    if c.diffusion_block:
+        streams = block_streams(c, copies, 'meta')
+        return streams.positions.size(1), copies * T, streams.pairs()
+    if c.has_drafts:
+        streams = Streams(T, torch.arange(draft_blocks(c), device='meta'), c.draft_block, c.draft_block)
+        return (streams.positions.size(1),) * 2 + (streams.pairs(),)
+    return T, T, T * T
 
 
 def draft_blocks(c):
