@@ -20,12 +20,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from model import GPT, TYPES, Generator, GPTConfig
-from nanodrift import kernels, plan
+from nanodrift import drifting, kernels, plan
 from nanodrift.data import Windows, derive_seed, load_meta
 from nanodrift.machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, one_of, option, read_values, run, split_numbers
@@ -55,7 +55,7 @@ class BenchConfig:
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
-    variants: str = option('', "--part=types: which of them, as 'gpt2,heat adaptive'; empty takes all")
+    variants: str = option('', "--part=types, plan: which of them, as 'gpt2,heat adaptive'; empty takes all, or each type's first")
     only: str = option('', 'measure the memory of this side alone; bench.py calls itself with it')
 
     def __post_init__(self):
@@ -362,45 +362,48 @@ def model_of(changes, **sizes):
     return c, encoder if c.has_encoder else None
 
 
+@cache
+def kept_per_token(changes):
+    """What a variant keeps, whatever its size; changes: its settings, as pairs."""
+    return plan.KeptPerToken.of(partial(small_model, dict(changes)), 64, 64)
+
+
 def small_model(changes, n_layer):
     """A model of a variant that is run to see what it keeps."""
     c, encoder = model_of(changes, n_layer=n_layer, n_head=1, n_embd=64, block_size=64, vocab_size=128)
     return GPT(c, GPT(encoder).eval() if encoder else None)
 
 
-def drifting_flops(c, params):
-    """Operations for each token. The generator runs forward twice, the first time for the targets, and back once; the blocks
-    of the encoder, 12 C^2 parameters in a layer, run forward three times, and back to their inputs. Back through attention
-    is twice the work of forward."""
-    attention = 4 * c.n_layer * c.n_embd * c.block_size  # forward, in either
-    return 8 * params + 4 * attention + 8 * 12 * c.n_layer * c.n_embd ** 2 + 5 * attention
-
-
-def plan_row(changes, size, tokens):
-    """What a variant needs at a size of GPT-2, with steps of so many tokens on each GPU."""
+def plan_row(changes, size, batch_size):
+    """What a variant needs at a size of GPT-2, with steps of so many texts on each GPU."""
     n_layer, n_head, n_embd = plan.SIZES[size]
     c, encoder = model_of(changes, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    encoder_bytes = feature_bytes = 0
     with torch.device('meta'):
         model, frozen = Generator(c) if encoder else GPT(c), GPT(encoder) if encoder else None
-    params = sum(p.numel() for p in model.parameters())
-    flops = drifting_flops(c, params) if encoder else model.flops_per_token()
-    kept = plan.KeptPerToken.of(partial(small_model, changes), 64, 64)
-    if frozen:
+    h = model.h if encoder else model.transformer.h
+    flops = model.flops_per_token(c, frozen) if encoder else model.flops_per_token()
+    if encoder:
+        feature_bytes = drifting.exchanged_bytes(frozen, c)
         frozen.shorten_linears(torch.bfloat16)
-    return plan.row(params, sum(p.nbytes for p in frozen.parameters()) if frozen else 0, flops, kept, c, tokens)
+        encoder_bytes = sum(p.nbytes for p in frozen.parameters())
+    total, block, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, h[0], h))
+    weights = plan.Weights(total, block, blocks, forward=2 if encoder else 1)  # targets need a pass of their own
+    return plan.row(weights, encoder_bytes, feature_bytes, flops, kept_per_token(tuple(changes.items())), c, batch_size)
 
 
 def report_plan(config):
     """Prints what each type needs at the sizes of GPT-2; returns {size: {type: numbers}}."""
-    names = config.variants.split(',') if config.variants else first_of_each_type(variants_of(TYPES))
-    tokens, result = config.batch_size * GPTConfig.block_size, {}
+    variants = variants_of(TYPES)
+    shown = [name for name in variants if name in (*first_of_each_type(variants), *plan.ALSO)]
+    names, result = config.variants.split(',') if config.variants else shown, {}
+    print(f'{config.batch_size} texts of {GPTConfig.block_size:,} tokens on each GPU in a step; arithmetic, not run on a GPU\n'
+          f'\n{plan.HEAD}')
     for size in plan.SIZES:
-        print(f'\n{size}, {tokens:,} tokens on each GPU in a step; arithmetic, not run on a GPU\n{plan.HEAD}')
-        result[size] = {}
-        for name in names:
-            changes = variants_of(TYPES)[one_of('variants', name, variants_of(TYPES))]
-            result[size][name] = plan_row(changes, size, tokens)
-            print(plan.line(name, result[size][name]), flush=True)
+        result[size] = {name: plan_row(variants[one_of('variants', name, variants)], size, config.batch_size)
+                        for name in names}
+        print(*(plan.line(size, name, numbers) for name, numbers in result[size].items()), sep='\n', flush=True)
+    print('', *plan.fits(result), sep='\n')
     return result
 
 

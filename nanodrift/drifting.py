@@ -340,6 +340,16 @@ def make_fields(generated, real, positions, ids, ranks, config):
 
 
 @torch.no_grad()
+def exchanged_bytes(encoder, config):
+    """Bytes that each rank sends to each other one for the field, of a text: what `drift` gathers of its features and of real
+    ones, in float32, and for each temperature two all-reduces over columns, which send each number twice."""
+    embeddings = torch.empty(1, config.block_size, config.n_embd, device=encoder.device)
+    features = FEATURES[config.drift_features](encoder, embeddings, torch.arange(min(POSITIONS, config.block_size)))
+    per_point = 4 * len(split_numbers(config.drift_temperatures, float))
+    return 2 * 4 * sum(x.size(0) * x.size(1) * (x.size(2) + per_point) for x in features.values())
+
+
+@torch.no_grad()
 def compute_drift_targets(model, batches, ranks, rng):
     """Turns the real ids of each micro-batch of an iteration into its Field, over all micro-batches and ranks together.
     `rng` is the same on all ranks."""

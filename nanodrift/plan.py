@@ -2,8 +2,9 @@
 What a training run needs, by arithmetic: memory, operations, and the bytes that GPUs exchange. No GPU is needed for it, and
 none has confirmed it.
 
-A parameter takes STATE_BYTES. What a forward pass keeps for the backward pass is counted on small models, by autograd's own
-hooks; it grows with the tokens, the layers and the channels, and compiled code keeps less.
+A parameter takes STATE_BYTES, or with --sharding=fsdp a share of SHARED_BYTES, and GATHERED + REDUCED while it is gathered.
+What a forward pass keeps for the backward pass is counted on small models, by autograd's own hooks; it grows with the tokens,
+the layers and the channels, and compiled code keeps less.
 """
 from dataclasses import dataclass
 
@@ -12,9 +13,14 @@ import torch
 from nanodrift.machine import Ranks, autocast
 
 SIZES = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '1.5B': (48, 25, 1600)}  # n_layer, n_head, n_embd of GPT-2
-STATE_BYTES = 4 + 4 + 8 + 2  # float32: itself, its gradient, two moments; a copy in 16 bits
+SHARED_BYTES = 4 + 4 + 8  # float32: itself, its gradient, two moments
+STATE_BYTES = SHARED_BYTES + 2  # and a copy in 16 bits
+GATHERED, REDUCED = 2, 4  # a weight that fsdp gathers, in 16 bits; its gradient, in float32
 H100_FLOPS, SHARE = 989e12, 0.4  # dense bfloat16, as published; the share of it that is taken for granted
+MEMORY, WORK = 80e9, 5e9  # bytes of a GPU; of logits and work space on it, taken for granted
 NVLINK, NETWORK = 300e9, 40e9  # bytes per second that a GPU sends in one node, and between two nodes, taken for granted
+MACHINES = {8: NVLINK, 16: NETWORK}  # GPUs: bytes per second
+ALSO = ('heat adaptive', 'diffusion blocks')  # shown besides the first variant of each type: they cost more than it
 
 
 class Kept:
@@ -69,23 +75,60 @@ class KeptPerToken:
         return (self.layer * c.n_layer + self.rest) * c.n_embd * tokens
 
 
-def row(params, encoder_bytes, flops, kept, c, tokens):
-    """{what: number} of a model with so many parameters, an encoder of so many bytes, and a step over so many tokens on each
-    GPU."""
-    gradients = 4 * params  # float32, all-reduced: each GPU sends them nearly twice
-    state = STATE_BYTES * params + encoder_bytes  # a frozen encoder has no gradient and no moments
-    return {'parameters': params, 'gflop_per_token': flops / 1e9, 'state_gb': state / 1e9,
-            'kept_gb': kept.bytes(c, tokens) / 1e9, 'tokens_per_s': SHARE * H100_FLOPS / flops,
-            'step_ms': tokens * flops / (SHARE * H100_FLOPS) * 1e3,
-            **{f'exchange_ms_{n}': 2 * (n - 1) / n * gradients / speed * 1e3 for n, speed in ((8, NVLINK), (16, NETWORK))}}
+@dataclass
+class Weights:
+    """Numbers of parameters: of all, of one block, and of all blocks. A step runs the blocks forward so many times."""
+    all: int
+    block: int
+    blocks: int
+    forward: int = 1
+
+    def sharded_bytes(self, n):
+        """On each of n GPUs with fsdp: its share, embeddings and head gathered, and two blocks, in use and in advance."""
+        return SHARED_BYTES * self.all / n + (GATHERED + REDUCED) * (self.all - self.blocks + 2 * self.block)
+
+    def sent_bytes(self, n):
+        """By each of n GPUs in a step of one micro-batch, with DDP and with fsdp. In a ring each sends (n - 1) / n of what
+        is gathered, or reduced and scattered; an all-reduce does both. Blocks are gathered in each pass, forward and back,
+        and the rest once for all forward passes and once for the backward pass."""
+        gathered = GATHERED * (2 * self.all + (self.forward - 1) * self.blocks)
+        return [(n - 1) / n * total for total in (2 * 4 * self.all, gathered + REDUCED * self.all)]
 
 
-def line(name, numbers):
-    n = numbers
-    return (f'  {name:<26} {n["parameters"] / 1e6:>8,.0f}M {n["gflop_per_token"]:>9.2f} {n["state_gb"]:>8.1f} '
-            f'{n["kept_gb"]:>8.1f} {n["tokens_per_s"]:>10,.0f} {n["step_ms"]:>8.0f} {n["exchange_ms_8"]:>8.1f} '
-            f'{n["exchange_ms_16"]:>8.0f}')
+def row(weights, encoder_bytes, feature_bytes, flops, kept, c, batch_size):
+    """{what: number} of a model: bytes of its encoder, and of the features of a text that all GPUs exchange; the step has
+    batch_size texts on each GPU. kept: a KeptPerToken."""
+    tokens, kept_by_text = batch_size * c.block_size, kept.bytes(c, c.block_size)
+    numbers = {'parameters': weights.all, 'gflop_per_token': flops / 1e9, 'tokens_per_s': SHARE * H100_FLOPS / flops,
+               'step_ms': tokens * flops / (SHARE * H100_FLOPS) * 1e3, 'kept_gb': batch_size * kept_by_text / 1e9}
+    states = {'ddp': STATE_BYTES * weights.all, **{f'fsdp_{n}': weights.sharded_bytes(n) for n in MACHINES}}
+    for name, state in states.items():
+        fixed = WORK + encoder_bytes + state  # a frozen encoder has no gradient and no moments, and is whole on every GPU
+        numbers |= {f'memory_gb_{name}': (fixed + batch_size * kept_by_text) / 1e9,
+                    f'texts_{name}': max(0, int((MEMORY - fixed) / kept_by_text))}
+    for n, speed in MACHINES.items():
+        for name, sent in zip(('ddp', 'fsdp'), weights.sent_bytes(n)):
+            sent += (n - 1) * batch_size * feature_bytes
+            numbers |= {f'sent_gb_{name}_{n}': sent / 1e9, f'sent_ms_{name}_{n}': sent / speed * 1e3}
+    return numbers
 
 
-HEAD = (f'  {"":<26} {"params":>9} {"GFLOP/tok":>8} {"state GB":>8} {"kept GB":>8} {"tokens/s":>10} {"step ms":>8} '
-        f'{"8 GPUs":>8} {"2 nodes":>8}')
+HEAD = """| size | type | GFLOP / token | tokens/s | step, ms | kept | one GPU | 8, fsdp | 16, fsdp | 8 | 16 | 8, fsdp | 16, fsdp |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def line(size, name, n):
+    memory = [f'{n[key]:.1f}' for key in n if key.startswith('memory_gb')]
+    sent = [f'{n[f"sent_gb_{way}_{gpus}"]:.1f} ({n[f"sent_ms_{way}_{gpus}"]:.0f})' for way in ('ddp', 'fsdp')
+            for gpus in MACHINES]
+    return '| ' + ' | '.join((size, f'`{name}`', f'{n["gflop_per_token"]:.2f}', f'{n["tokens_per_s"]:,.0f}',
+                              f'{n["step_ms"]:.0f}', f'{n["kept_gb"]:.1f}', *memory, *sent)) + ' |'
+
+
+def fits(result):
+    """A table of how many texts fit on a GPU, of {size: {name: numbers}}."""
+    yield from ('| type | ' + ' | '.join(result) + ' |', '| --- |' + ' --- |' * len(result))
+    for name in next(iter(result.values())):
+        cells = (' / '.join(str(count) for key, count in rows[name].items() if key.startswith('texts'))
+                 for rows in result.values())
+        yield f'| `{name}` | ' + ' | '.join(cells) + ' |'
