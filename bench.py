@@ -55,7 +55,7 @@ class BenchConfig:
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = option('auto', 'auto takes the fastest safe one of the device', ('auto', *DTYPES))
     compile: bool = option(True, 'torch.compile, where it works')
-    variants: str = option('', "--part=types, plan: which of them, as 'gpt2,heat adaptive'; empty takes all, or each type's first")
+    variants: str = option('', "--part=types, plan: which of them, as 'gpt2,heat adaptive'; empty takes all, for plan some")
     only: str = option('', 'measure the memory of this side alone; bench.py calls itself with it')
 
     def __post_init__(self):
@@ -396,14 +396,13 @@ def report_plan(config):
     """Prints what each type needs at the sizes of GPT-2; returns {size: {type: numbers}}."""
     variants = variants_of(TYPES)
     shown = [name for name in variants if name in (*first_of_each_type(variants), *plan.ALSO)]
-    names, result = config.variants.split(',') if config.variants else shown, {}
-    print(f'{config.batch_size} texts of {GPTConfig.block_size:,} tokens on each GPU in a step; arithmetic, not run on a GPU\n'
-          f'\n{plan.HEAD}')
-    for size in plan.SIZES:
-        result[size] = {name: plan_row(variants[one_of('variants', name, variants)], size, config.batch_size)
-                        for name in names}
-        print(*(plan.line(size, name, numbers) for name, numbers in result[size].items()), sep='\n', flush=True)
-    print('', *plan.fits(result), sep='\n')
+    names = config.variants.split(',') if config.variants else shown
+    result = {size: {name: plan_row(variants[one_of('variants', name, variants)], size, config.batch_size) for name in names}
+              for size in plan.SIZES}
+    print(f'texts of {GPTConfig.block_size:,} tokens that fit on a GPU; arithmetic, not run on a GPU\n')
+    print(*plan.fits(result), sep='\n')
+    print(f'\n{config.batch_size} texts on each GPU in a step; arithmetic, not run on a GPU\n\n{plan.HEAD}')
+    print(*(plan.line(size, name, rows[name]) for size, rows in result.items() for name in rows), sep='\n')
     return result
 
 

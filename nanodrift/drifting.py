@@ -341,8 +341,8 @@ def make_fields(generated, real, positions, ids, ranks, config):
 
 @torch.no_grad()
 def exchanged_bytes(encoder, config):
-    """Bytes that each rank sends to each other one for the field, of a text: what `drift` gathers of its features and of real
-    ones, in float32, and for each temperature two all-reduces over columns, which send each number twice."""
+    """Bytes that a rank sends to each other one for the field, of a text: its features and those of real text, in float32,
+    which `drift` gathers, and for each temperature two all-reduces over columns, which send each number twice."""
     embeddings = torch.empty(1, config.block_size, config.n_embd, device=encoder.device)
     features = FEATURES[config.drift_features](encoder, embeddings, torch.arange(min(POSITIONS, config.block_size)))
     per_point = 4 * len(split_numbers(config.drift_temperatures, float))

@@ -3,8 +3,8 @@ What a training run needs, by arithmetic: memory, operations, and the bytes that
 none has confirmed it.
 
 A parameter takes STATE_BYTES, or with --sharding=fsdp a share of SHARED_BYTES, and GATHERED + REDUCED while it is gathered.
-What a forward pass keeps for the backward pass is counted on small models, by autograd's own hooks; it grows with the tokens,
-the layers and the channels, and compiled code keeps less.
+What a forward pass keeps for the backward pass is counted on small models, by autograd's own hooks; it grows with the
+tokens, the layers and the channels, and compiled code keeps less.
 """
 from dataclasses import dataclass
 
@@ -107,21 +107,22 @@ def row(weights, encoder_bytes, feature_bytes, flops, kept, c, batch_size):
         numbers |= {f'memory_gb_{name}': (fixed + batch_size * kept_by_text) / 1e9,
                     f'texts_{name}': max(0, int((MEMORY - fixed) / kept_by_text))}
     for n, speed in MACHINES.items():
+        numbers[f'features_gb_{n}'] = n * batch_size * feature_bytes / 1e9
         for name, sent in zip(('ddp', 'fsdp'), weights.sent_bytes(n)):
             sent += (n - 1) * batch_size * feature_bytes
             numbers |= {f'sent_gb_{name}_{n}': sent / 1e9, f'sent_ms_{name}_{n}': sent / speed * 1e3}
     return numbers
 
 
-HEAD = """| size | type | GFLOP / token | tokens/s | step, ms | kept | one GPU | 8, fsdp | 16, fsdp | 8 | 16 | 8, fsdp | 16, fsdp |
+HEAD = """| size | type | GFLOP | 1,000 tokens/s | step, ms | kept | GB | fsdp 8 | fsdp 16 | sent 8 | 16 | fsdp 8 | fsdp 16 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def line(size, name, n):
-    memory = [f'{n[key]:.1f}' for key in n if key.startswith('memory_gb')]
+    memory = [f'{n[key]:.0f}' for key in n if key.startswith('memory_gb')]
     sent = [f'{n[f"sent_gb_{way}_{gpus}"]:.1f} ({n[f"sent_ms_{way}_{gpus}"]:.0f})' for way in ('ddp', 'fsdp')
             for gpus in MACHINES]
-    return '| ' + ' | '.join((size, f'`{name}`', f'{n["gflop_per_token"]:.2f}', f'{n["tokens_per_s"]:,.0f}',
+    return '| ' + ' | '.join((size, f'`{name}`', f'{n["gflop_per_token"]:.2f}', f'{n["tokens_per_s"] / 1e3:.0f}',
                               f'{n["step_ms"]:.0f}', f'{n["kept_gb"]:.1f}', *memory, *sent)) + ' |'
 
 

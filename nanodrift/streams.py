@@ -73,7 +73,7 @@ def block_streams(c, copies, device, hidden=None):
 
 def count_in_training(c):
     """Of the training pass over a text of block_size tokens, of a GPTConfig: how many positions it has, how many of them
-    predict a token, and how many pairs of a query and a key attention multiplies, those that a mask then hides among them."""
+    predict a token, and how many pairs of a query and a key attention multiplies, some of which a mask then hides."""
     T, copies = c.block_size, 1 + c.diffusion_complement
     if c.diffusion_block:
         streams = block_streams(c, copies, 'meta')

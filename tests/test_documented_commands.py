@@ -5,6 +5,7 @@ it is not of one type. A command that nothing here knows fails the test, so new 
 import contextlib
 import glob
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from test_train_diffusion_attention import SMALL as SMALL_EXPERIMENT
 import prepare
 import train
 from model import TYPES
-from nanodrift.options import UserError, configure, read_config_file
+from nanodrift.options import UserError, configure, read_config_file, read_values
 
 # what train.py is told besides; the number type and the device are the defaults
 SMALL = {key: TINY[key] for key in ('eval_iters', 'n_head', 'n_embd', 'compile', 'block_size')} | {
@@ -59,6 +60,26 @@ def split(command):
     if words[:2] == ['python', '-m']:
         return words[2], words[3:]
     return words[1], words[2:]
+
+
+def multi_gpu():
+    """Every `torchrun ... train.py config/...` of README.md, docs/, and what scripts and configs say of themselves."""
+    for path in glob.glob(f'{ROOT}/**/*.*', recursive=True):
+        name = os.path.relpath(path, ROOT)
+        if re.match(r'(docs/|config/|[^/]*$).*\.(md|py)$', name) and name != 'LOG.md':
+            with open(path, encoding='utf-8') as f:
+                text = re.sub(r'\\\n[ #]*', ' ', f.read())
+            yield from re.findall(r'torchrun [^`\n]*train\.py config/[^`\n]*', text)
+
+
+@pytest.mark.parametrize('command', sorted(set(multi_gpu())))
+def test_the_ranks_share_the_micro_batches(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ranks = math.prod(int(number) for number in re.findall(r'--(?:nnodes|nproc_per_node)=(\d+)', command))
+    args = shlex.split(command.partition('train.py ')[2].replace('...', ''), comments=True)
+    values, _ = read_values(args, train.TrainConfig, train.GPTConfig)
+    micro_batches = values.get('gradient_accumulation_steps', train.TrainConfig.gradient_accumulation_steps)
+    assert ranks > 1 and micro_batches % ranks == 0
 
 
 def of_one_type(args):

@@ -76,10 +76,13 @@ def count_sent(argv):
     trainer._step()  # the first one also broadcasts
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer._step()
-    calls = [(e.name(), 4 * math.prod(e.shapes()[0]), len(e.shapes()[0])) for e in profiler.profiler.kineto_results.events()
-             if e.name() in ('gloo:all_gather', 'gloo:all_reduce')]  # by which gloo also reduces and scatters, in one dimension
-    scattered = [size for name, size, dims in calls if config.sharding == 'fsdp' and name == 'gloo:all_reduce' and dims == 1]
-    measured = sum(size for _, size, _ in calls) - sum(scattered) / 2
+    measured = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() in ('gloo:all_gather', 'gloo:all_reduce'):
+            shape = event.shapes()[0]
+            # gloo all-reduces what fsdp only reduces and scatters, in one dimension: half of that would do
+            scattered = event.name() == 'gloo:all_reduce' and len(shape) == 1 and config.sharding == 'fsdp'
+            measured += 4 * math.prod(shape) / (2 if scattered else 1)
     model, h = trainer.model, sharding.blocks_of(trainer.model)
     numbers = [sum(math.prod(p.shape) for p in part.parameters()) for part in (model, h[0], h)]
     plan.GATHERED = 4  # this run is in float32
@@ -137,16 +140,20 @@ def test_the_command(monkeypatch, capsys):
         bench.main(['--part=plan', '--variants=gpt3'])
 
 
+def rows_of(text):
+    """(what it is, numbers) of each row of the two tables."""
+    number = r'(?<=[ (])\d[\d,]*\.?\d*(?=[ )])'
+    rows = re.findall(r'^\| (?:(?:124M|355M|1\.5B) \| `|`[^|]*` \| \d+ /).*$', text, re.MULTILINE)
+    return [(re.sub(number, '', row), [float(word.replace(',', '')) for word in re.findall(number, row)]) for row in rows]
+
+
 @pytest.mark.slow
 def test_the_tables_of_the_document_are_those_of_the_command(capsys):
-    """Up to rounding: another version of torch may keep a little more."""
+    """Nearly: another version of torch may keep a little more."""
     with open(f'{ROOT}/docs/scaling.md', encoding='utf-8') as f:
         document = f.read()
-    command = re.search(r'^python bench.py (--part=plan.*)$', document, re.MULTILINE)[1]
-    bench.main(command.split())
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
-    tables = [line for line in document.splitlines() if re.match(r'\| .*(?:M|B|`) \|', line)]
-    assert len(rows) == 4 + 4 * len(SHOWN)
-    for row in rows:
-        name, numbers = re.match(r'[^.0-9]*[0-9.]*[MB]?[^0-9]*', row)[0], None
-        assert any(line.startswith(name) for line in tables), row
+    bench.main(re.search(r'^python bench.py (--part=plan.*)$', document, re.MULTILINE)[1].split())
+    found, shown = rows_of(capsys.readouterr().out), rows_of(document)
+    assert len(found) == 4 * len(SHOWN) and [what for what, _ in found] == [what for what, _ in shown]
+    for (what, mine), (_, theirs) in zip(found, shown):
+        assert mine == pytest.approx(theirs, rel=0.03, abs=0.1), what
