@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import QUICK, ROOT
+from conftest import ROOT
 from test_machine import finish
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +31,11 @@ def test_what_autograd_keeps():
 SHOWN = [name for name in VARIANTS if name in (*first_of_each_type(VARIANTS), *plan.ALSO)]  # the rows of docs/scaling.md
 
 
+def quick(names, all_names):
+    """All names, those that are not in `names` as slow cases."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in all_names]
+
+
 def three_sizes(*sizes):
     """The first is quick."""
     return pytest.mark.parametrize('n_layer, n_head, n_embd, block_size', [
@@ -52,7 +57,7 @@ def test_larger_models_keep_what_the_plan_says(name, n_layer, n_head, n_embd, bl
     assert per_token.bytes(model.config, 2 * block_size) == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', quick(SHOWN, VARIANTS))
 @three_sizes((2, 4, 256, 128), (4, 4, 256, 512), (4, 6, 384, 1024))
 def test_operations_are_those_that_torch_counts(name, n_layer, n_head, n_embd, block_size):
     """Forward and backward of a step over 2 texts, attention as plain matrix products. heat distance pads its heads. The
@@ -95,8 +100,7 @@ def count_sent(argv):
 
 
 @pytest.mark.parametrize('sharding', ['none', 'fsdp'])
-@pytest.mark.parametrize('model_type', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-                                        for name in TYPES])
+@pytest.mark.parametrize('model_type', quick(('gpt2', 'drifting'), TYPES))
 def test_two_ranks_send_what_the_plan_says(command_line, fork_ranks, tmp_path, model_type, sharding):
     sizes = dict(n_embd=64, n_layer=4, max_iters=2, gradient_accumulation_steps=2)
     more = {'encoder': str(tmp_path / 'encoder'), 'drift_positives': 0} if model_type == 'drifting' else {}
