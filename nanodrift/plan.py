@@ -2,7 +2,7 @@
 What a training run needs, by arithmetic: memory, operations, and the bytes that GPUs exchange. No GPU is needed for it, and
 none has confirmed it.
 
-A parameter takes STATE_BYTES, or with --sharding=fsdp a share of SHARED_BYTES, and GATHERED + REDUCED while it is gathered.
+A parameter takes STATE_BYTES, or with --sharding=fsdp a share of SHARED_BYTES, and WEIGHT + GRADIENT while it is gathered.
 What a forward pass keeps for the backward pass is counted on small models, by autograd's own hooks; it grows with the
 tokens, the layers and the channels, and compiled code keeps less.
 """
@@ -15,7 +15,7 @@ from nanodrift.machine import Ranks, autocast
 SIZES = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '1.5B': (48, 25, 1600)}  # n_layer, n_head, n_embd of GPT-2
 SHARED_BYTES = 4 + 4 + 8  # float32: itself, its gradient, two moments
 STATE_BYTES = SHARED_BYTES + 2  # and a copy in 16 bits
-GATHERED, REDUCED = 2, 4  # a weight that fsdp gathers, in 16 bits; its gradient, in float32
+WEIGHT, GRADIENT = 4, 4  # of float32, as fsdp gathers and reduces them
 H100_FLOPS, SHARE = 989e12, 0.4  # dense bfloat16, as published; the share of it that is taken for granted
 MEMORY, WORK = 80e9, 5e9  # bytes of a GPU; of logits and work space on it, taken for granted
 NVLINK, NETWORK = 300e9, 40e9  # bytes per second that a GPU sends in one node, and between two nodes, taken for granted
@@ -85,14 +85,14 @@ class Weights:
 
     def sharded_bytes(self, n):
         """On each of n GPUs with fsdp: its share, embeddings and head gathered, and two blocks, in use and in advance."""
-        return SHARED_BYTES * self.all / n + (GATHERED + REDUCED) * (self.all - self.blocks + 2 * self.block)
+        return SHARED_BYTES * self.all / n + (WEIGHT + GRADIENT) * (self.all - self.blocks + 2 * self.block)
 
     def sent_bytes(self, n):
         """By each of n GPUs in a step of one micro-batch, with DDP and with fsdp. In a ring each sends (n - 1) / n of what
         is gathered, or reduced and scattered; an all-reduce does both. Blocks are gathered in each pass, forward and back,
         and the rest once for all forward passes and once for the backward pass."""
-        gathered = GATHERED * (2 * self.all + (self.forward - 1) * self.blocks)
-        return [(n - 1) / n * total for total in (2 * 4 * self.all, gathered + REDUCED * self.all)]
+        gathered = WEIGHT * (2 * self.all + (self.forward - 1) * self.blocks)
+        return [(n - 1) / n * total for total in (2 * GRADIENT * self.all, gathered + GRADIENT * self.all)]
 
 
 def row(weights, encoder_bytes, feature_bytes, flops, kept, c, batch_size):

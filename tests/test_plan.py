@@ -90,7 +90,6 @@ def count_sent(argv):
             measured += 4 * math.prod(shape) / (2 if scattered else 1)
     model, h = trainer.model, sharding.blocks_of(trainer.model)
     numbers = [sum(math.prod(p.shape) for p in part.parameters()) for part in (model, h[0], h)]
-    plan.GATHERED = 4  # this run is in float32
     sent = plan.Weights(*numbers, forward=1 + model.config.outputs_embeddings).sent_bytes(2)[config.sharding == 'fsdp']
     if model.encoder:
         sent += config.batch_size * drifting.exchanged_bytes(model.encoder, model.config)
