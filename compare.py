@@ -30,7 +30,7 @@ from nanodrift.data import Stream, Windows, derive_seed, load_meta
 from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
-from nanodrift.runs import Run, divergence, median_speed, read_object
+from nanodrift.runs import Run, divergence, read_object
 from nanodrift.variants import first_of_each_type, variants_of
 from train import TrainConfig, read_settings
 
@@ -291,7 +291,7 @@ def iterations(config, planned):
     if not config.seconds:
         return max(1, round(config.tokens / planned.tokens_per_iter))
     trial = trial_of(config, planned)
-    return trial and max(1, round(config.seconds * median_speed(trial.log()) / planned.tokens_per_iter))
+    return trial and max(1, round(config.seconds * costs.speed_of(trial) / planned.tokens_per_iter))
 
 
 def train_one(config, run_):
@@ -473,8 +473,8 @@ def main(argv):
              'diverged, left out': '; '.join(diverged) or 'none', 'budget': f'{budget} a run',
              'samples of each run': config.samples, 'tokens of each sample': config.length,
              'learning rates tried for each variant': config.tune}
-    tuning = {variant: told for variant, (_, told, _) in tuned.items()}
-    path, rows = report.write(config.out_dir, facts, variants, helpers, tuning,
+    attempts = {variant: told for variant, (_, told, _) in tuned.items()}
+    path, rows = report.write(config.out_dir, facts, variants, helpers, attempts,
                               [run_ for _, _, attempts in tuned.values() for run_ in attempts])
     print(path)
     print(json.dumps(rows))

@@ -546,7 +546,7 @@ class ParallelGPT(GPT):
         return [Pair(left, right, config, bottleneck) for left, right in zip(h[::2], h[1::2])]
 
     def flops_per_token(self):
-        """All pairs use one projection."""
+        """The one projection runs once for each pair."""
         again = len(self.layers) - 1 if self.config.parallel_merge == 'concat' else 0
         return super().flops_per_token() + again * 6 * 2 * self.config.n_embd ** 2
 

@@ -425,14 +425,14 @@ class Trainer:
         return model
 
     def _check_sources(self, source, encoder):
-        """Raises UserError where the ranks have started from different weights: each reads the folders of its machine."""
+        """Raises UserError where the ranks would start from different weights: each reads the folders of its machine."""
         if self.ranks.world_size == 1:
             return
         mine = source and checkpoint.fingerprint(source['model']), encoder and encoder.source['fingerprint']
         for name, found in zip(('init_from', 'encoder'), zip(*self.ranks.gather(mine))):
             if len(set(found)) > 1:
-                raise UserError(f'the ranks find different weights in {name}: it must be one folder that all machines '
-                                'share, or equal copies')
+                raise UserError(f'the ranks find different weights in {name}: name one folder that all machines share, or '
+                                'copy the same one to all')
 
     def _source_of_weights(self, model_config):
         """The checkpoint that --init_from=hf:NAME or --init_from=DIR names, of the same vocabulary as the data."""
@@ -717,7 +717,7 @@ def check_folder(config, model_config, resumed):
 def train(config, model_config, resumed=None):
     """Trains as the two configs say. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
-            checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext() as mark:
+            checkpoint.lock(config.out_dir) if ranks.first and not config.eval_only else nullcontext():
         if ranks.first:
             check_folder(config, model_config, resumed)
         starts = ranks.gather(resumed and (resumed['run_id'], resumed['iter_num']))
@@ -725,7 +725,7 @@ def train(config, model_config, resumed=None):
             raise UserError(f'the ranks find different checkpoints in out_dir={config.out_dir}: it must be one folder that '
                             'all machines share')
         if not config.eval_only:
-            checkpoint.check_shared(config.out_dir, mark, ranks)
+            checkpoint.check_shared(config.out_dir, ranks)
         return Trainer(config, model_config, ranks, resumed).train()
 
 

@@ -12,7 +12,6 @@ that sees the future; `--stride=1`, the default, is the published overlap of the
 import json
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -200,12 +199,11 @@ def main(argv):
     config = train_config(c)
     meta = load_meta(os.path.join(config.data_dir, config.dataset))
     objective = experiment_objective(c, tokenizer_from_meta(meta['tokenizer']))
-    with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks, \
-            checkpoint.lock(config.out_dir) if ranks.first else nullcontext() as mark:
-        checkpoint.check_shared(config.out_dir, mark, ranks)
-        trainer = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''})
-        code = trainer.train()
-        if ranks.first:
+    with setup_ranks(config.device, config.backend, config.ddp_timeout) as ranks:
+        if ranks.world_size > 1:
+            raise UserError('this experiment trains in one process: start it without torchrun')
+        with checkpoint.lock(config.out_dir):
+            code = Trainer(config, model_config(c), ranks, resumed, objective, asdict(c) | {'resume': ''}).train()
             finish(config.out_dir)
     return code
 

@@ -82,9 +82,8 @@ def remove_run(out_dir):
 
 @contextlib.contextmanager
 def lock(out_dir):
-    """Keeps other runs out of a folder; the system gives it back when this process ends, however that comes. Yields a mark
-    that it leaves there. Raises UserError where another run has it. Where there is no flock, as on Windows, nothing is
-    locked."""
+    """Keeps other runs out of a folder; the lock ends with this process. Raises UserError where another run has it. Where
+    there is no flock, as on Windows, nothing is locked."""
     path = os.path.join(out_dir, '.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -99,34 +98,38 @@ def lock(out_dir):
                 raise UserError(f'another run is writing to {out_dir}: name another --out_dir, or wait for it') from None
             except OSError:  # some network file systems have no locks
                 pass
-        mark = uuid.uuid4().hex
-        f.truncate(0)
-        f.write(mark)
-        f.flush()
         try:
-            yield mark
+            yield
         finally:
-            with contextlib.suppress(FileNotFoundError):  # somebody may have removed the folder
+            with contextlib.suppress(OSError):  # somebody may have removed the folder; Windows keeps open files
                 if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
                     os.remove(path)
                     os.rmdir(out_dir)
 
 
-def check_shared(out_dir, mark, ranks):
-    """Raises UserError where a rank does not find the mark of the first rank's `lock`: its out_dir is another folder."""
-    mark, until = ranks.gather(mark)[0], time.monotonic() + SHOWN_WITHIN
-    while not (found := _has_mark(out_dir, mark)) and time.monotonic() < until:
+def check_shared(out_dir, ranks):
+    """Raises UserError where the ranks' out_dir are different folders: the others must find what the first one writes."""
+    if ranks.world_size == 1:
+        return
+    path = os.path.join(out_dir, f'.{ranks.gather(uuid.uuid4().hex)[0]}')
+    if ranks.first:
+        write_empty(path)
+    ranks.gather(None)  # it is written
+    until = time.monotonic() + SHOWN_WITHIN
+    while not (found := os.path.exists(path)) and time.monotonic() < until:
         time.sleep(0.5)
-    if not all(ranks.gather(found)):
+    everyone = all(ranks.gather(found))
+    if ranks.first:
+        os.remove(path)
+    if not everyone:
         raise UserError(f'some ranks do not see out_dir={out_dir}: it must be one folder that all machines share')
 
 
-def _has_mark(out_dir, mark):
+def write_empty(path):
     try:
-        with open(os.path.join(out_dir, '.lock'), encoding='utf-8') as f:
-            return f.read() == mark
-    except OSError:
-        return False
+        open(path, 'w', encoding='utf-8').close()  # closed, network file systems show it
+    except OSError as e:
+        raise UserError(f'cannot write to out_dir={os.path.dirname(path)}: {e.strerror}') from None
 
 
 def forget_best(out_dir):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nanodrift import tuning
 from nanodrift.machine import pick_device, pick_dtype
+from nanodrift.options import UserError
 from nanodrift.runs import median_speed, settings_of
 
 TRIAL = 15  # iterations that tell how fast a variant is: for the estimate, and for a budget in seconds
@@ -16,11 +17,18 @@ EVALUATION_COST = 1 / 3  # of a batch, compared with a batch of training
 
 
 def foreign(trial):
-    """Whether the folder of a trial has one with other settings, or of another device or number type, whose speed tells
-    nothing of these runs."""
+    """Whether the folder of a trial has one with other settings, or of another device or number type, so that its speed says
+    nothing about these runs."""
     had, device = settings_of(trial.folder), trial.settings['device']
     dtype = pick_dtype(trial.settings['dtype'], pick_device(device))
-    return bool(had) and bool(trial.differing(had) or (had['device'], had['dtype_used']) != (device, dtype))
+    if not had:
+        return False
+    return bool(trial.differing(had)) or (numbered(had['device']), had['dtype_used']) != (numbered(device), dtype)
+
+
+def numbered(device):
+    """Older folders say 'cuda' for the first GPU."""
+    return 'cuda:0' if device == 'cuda' else device
 
 
 @dataclass
@@ -30,24 +38,32 @@ class Remaining:
     tries: int = 0
     iterations: int = 0
     tokens: int = 0
-    steps: float = 0.0  # tokens, and those of training that take as long as the evaluations
+    token_equivalents: float = 0.0  # tokens; evaluations count as the tokens of training that take as long
     seconds: float | None = None  # None where no trial tells
     processors: int = 1  # cores or GPUs that train at once
 
     def add(self, run, evaluation_share):
         """Adds a Run, as far as its log does not have it yet. Its evaluations cost this share of its training."""
-        left, attempt = run.left(), run.settings['seed'] == tuning.SEED
+        left, attempt = run.iterations_left(), run.settings['seed'] == tuning.SEED
         tokens = left * run.tokens_per_iter
         self.tries += bool(left) and attempt
         self.runs += bool(left) and not attempt
         self.iterations, self.tokens = self.iterations + left, self.tokens + tokens
-        self.steps += tokens * (1 + evaluation_share)
+        self.token_equivalents += tokens * (1 + evaluation_share)
 
     def take_time(self, trial):
         """The seconds, by the speed of a trial that has ended."""
         had = settings_of(trial.folder)
-        self.seconds = self.steps / median_speed(trial.log())
+        self.seconds = self.token_equivalents / speed_of(trial)
         self.processors = had['world_size'] * (had['threads'] if unit_of(had['device']) == 'core' else 1)
+
+
+def speed_of(trial):
+    """Tokens per second of a trial that has ended. Raises UserError where its log is gone."""
+    speed = median_speed(trial.log())
+    if speed is None:
+        raise UserError(f'{trial.folder} does not say how fast it was: remove it, and start again')
+    return speed
 
 
 def unit_of(device):
@@ -76,6 +92,6 @@ def plan_lines(remaining, unit):
         lines.append(f'about {hours(seconds)} hours by the clock on {count} {unit}{"s" * (count > 1)}; a batch of '
                      'evaluation during training is taken for a third of one of training')
     if len(timed) < len(remaining):
-        lines.append(f'not timed, and not in the hours: fewer than {WORTH_A_TRIAL} iterations, a trial that diverged, or '
-                     'one on another device')
+        lines.append(f'not in the hours: what is not timed, with fewer than {WORTH_A_TRIAL} iterations, or a trial that '
+                     'diverged or ran on another device')
     return [*lines, 'not included: the start of each command, the evaluation of finished runs, and their samples']

@@ -73,8 +73,8 @@ def field(away, toward, positive, negative, temperature, floor, ranks=ALONE):
 def drift(x, positive, temperatures=TEMPERATURES, floor=AFFINITY_FLOOR, ranks=ALONE):
     """
     The field of a feature set at its own samples x (S, n, D), in float32 -> targets (S, n, D) in scaled features, the scale
-    that features are divided by, and {temperature: root mean square of the unnormalised field}. Or those of several feature
-    sets of one shape, x (G, S, n, D), which a GPU computes together: (G, S, n, D), (G,) and {temperature: (G,)}.
+    that features are divided by, and {temperature: root mean square of the unnormalised field}. A leading dimension G of x
+    stacks feature sets of one shape: (G, S, n, D) -> (G, S, n, D), (G,), {temperature: (G,)}.
 
     The field of each temperature (in units of the mean distance) is divided by its own root mean square. A loss against
     these targets therefore does not measure progress; the unnormalised field does.
@@ -128,8 +128,8 @@ def mean_and_std(x, dim):
 
 
 def take(x, index):
-    """x[:, index] of x (B, T, ...) for indices on the CPU. They come from there, where their number is known, and a GPU gets
-    them without a wait; Metal copies too late then, when the indices may be gone."""
+    """x[:, index] of x (B, T, ...) for indices on the CPU, without a wait for the GPU. A non-blocking copy to Metal may run
+    after the indices were freed, so there it blocks."""
     return x[:, index.to(x.device, non_blocking=x.device.type != 'mps')]
 
 
@@ -197,7 +197,7 @@ def expected_embedding(x, embedding, logits_of):
 
     def mean(chunk):
         return (logits_of(chunk).float().softmax(-1).to(table.dtype) @ table).to(embedding.dtype)
-    chunks = x.split(rows_per_chunk(len(embedding), x.device))
+    chunks = x.split(rows_per_chunk(len(embedding)))
     return torch.cat([checkpoint(mean, chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -208,12 +208,12 @@ def argmax_embedding(x, embedding, logits_of):
     return embedding[torch.cat([logits_of(chunk).argmax(-1) for chunk in chunks])].view(x.shape)
 
 
-def nearness(x, middle, directions, never):
+def nearness(x, middle, directions, padding_bias):
     """Logits (N, V): cosines between outputs x (N, C) and embeddings, both centred on the mean embedding, `middle` (C,),
     scaled so that those of a random direction have standard deviation SHARPNESS. Unscaled, all outputs would start near the
-    mean, where the field cannot separate them. directions (V, C) are the embeddings centred and of length 1; never (V,) is
-    -inf in rows that are padding, else 0."""
-    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), directions, never)
+    mean, where the field cannot separate them. directions (V, C) are the embeddings centred and of length 1;
+    padding_bias (V,) is -inf in rows that are padding, else 0."""
+    cosines = F.linear(F.normalize((x - middle).float(), dim=-1), directions, padding_bias)
     return cosines * SHARPNESS * math.sqrt(directions.size(1))
 
 
@@ -221,13 +221,13 @@ def output_embeddings(x, vocabulary, output):
     """What drift_output makes of outputs x (B, T, C) and the embeddings (V, C) of the vocabulary -> (B, T, C)."""
     if output == 'embedding':
         return x
-    # once, in the type of the product and padded as that wants it, and not in every chunk
+    # converted and padded once, and not in every chunk: tensor cores want round sizes
     middle, dtype = vocabulary.mean(0), compute_dtype(vocabulary)
     spare = padded_vocab_size(len(vocabulary)) - len(vocabulary)
     directions = F.pad(F.normalize((vocabulary - middle).float(), dim=-1), (0, 0, 0, spare)).to(dtype)
-    never = F.pad(directions.new_zeros(len(vocabulary)), (0, spare), value=-math.inf)
+    padding_bias = F.pad(directions.new_zeros(len(vocabulary)), (0, spare), value=-math.inf)
     vocabulary = F.pad(vocabulary, (0, 0, 0, spare))
-    logits_of = partial(nearness, middle=middle, directions=directions, never=never)
+    logits_of = partial(nearness, middle=middle, directions=directions, padding_bias=padding_bias)
     soft = expected_embedding(x.flatten(0, 1), vocabulary, logits_of).view(x.shape)
     if output == 'soft':
         return soft
@@ -341,7 +341,7 @@ def make_fields(generated, real, positions, ids, ranks, config):
 
 @torch.no_grad()
 def exchanged_bytes(encoder, config):
-    """Bytes that a rank sends to each other one for the field, of a text: its features and those of real text, in float32,
+    """Bytes that a rank sends to each other rank for one text: its features and those of real text, in float32,
     which `drift` gathers, and for each temperature two all-reduces over columns, which send each number twice."""
     embeddings = torch.empty(1, config.block_size, config.n_embd, device=encoder.device)
     features = FEATURES[config.drift_features](encoder, embeddings, torch.arange(min(POSITIONS, config.block_size)))
@@ -379,10 +379,10 @@ def compute_token_drift_targets(model, batches, ranks, rng):
 
 def measure(model, noise, style, ids, calibrated=False):
     """Samples and real text: their ids and, for each depth, their hidden states averaged over positions."""
-    x, nowhere = model.embeddings(noise, style), torch.arange(1)
+    x, position = model.embeddings(noise, style), torch.arange(1)  # any one: only means are used
     metrics = {}
     for name, embeddings in (('samples', x), ('real', model.encoder.transformer.wte(ids))):
-        for feature, values in state_features(model.encoder, embeddings, nowhere).items():
+        for feature, values in state_features(model.encoder, embeddings, position).items():
             if feature.endswith(f'mean_{noise.size(1)}'):
                 metrics[name, feature] = Rows(values[0].float().cpu())
     cosine, ids_of_samples = nearest(x, model.vocabulary)

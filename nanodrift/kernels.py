@@ -23,13 +23,14 @@ from nanodrift.machine import compute_dtype, cpu_multiplies_bfloat16
 
 IGNORE = -1  # a target with this id is left out of losses and metrics
 LOGITS_PER_CHUNK = 2 ** 25  # how many logits are held at once: large enough for fast matrix products
-ON_GPUS = 8  # times as many, where each chunk costs a dozen launches
+ON_GPUS = 8  # times as many logits in a chunk, each of which costs a dozen launches
 PAD_VOCAB_TO = 64  # tensor cores and AMX tiles want round sizes; the padding never leaves the model
-PACK_AT_MOST = 2 ** 31  # bytes of weights that generation may hold a second copy of
+PACK_AT_MOST = 2 ** 31  # bytes of weights that generation on a CPU may hold a second copy of
 
 
 def rows_per_chunk(columns, device=None):
-    """How many rows of so many logits are held at once; in training, which names its device, more on a GPU."""
+    """How many rows of so many logits are held at once. `device` is given where training overwrites them: a GPU takes larger
+    chunks there."""
     times = ON_GPUS if device is not None and device.type == 'cuda' else 1
     return max(1, times * LOGITS_PER_CHUNK // columns)
 

@@ -107,12 +107,12 @@ def pick_device(name, float64=False):
 
 
 def read_later(values):
-    """A function that returns the numbers of a tensor (n,) as a list. On a GPU it waits for what computed them alone, and
-    not for the work that was started after this call."""
+    """A function that returns the numbers of a tensor (n,) as a list. On a GPU it waits until they are computed, and not for
+    the work that was started after this call."""
     if values.device.type != 'cuda':
         return values.tolist
     copied, done = values.to('cpu', non_blocking=True), torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(values.device))
 
     def read():
         done.synchronize()
@@ -174,6 +174,8 @@ def setup_ranks(device, backend, timeout):
     """Joins the process group when torchrun started this process. Raises UserError on a device that is not there."""
     device = pick_device(device)
     if 'RANK' not in os.environ:
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
         return Ranks(device=device)
     rank = int(os.environ['RANK'])
     # launchers of pods may set RANK alone

@@ -20,7 +20,7 @@ H100_FLOPS, SHARE = 989e12, 0.4  # dense bfloat16, as published; the share of it
 MEMORY, WORK = 80e9, 5e9  # bytes of a GPU; of logits and work space on it, taken for granted
 NVLINK, NETWORK = 300e9, 40e9  # bytes per second that a GPU sends in one node, and between two nodes, taken for granted
 MACHINES = {8: NVLINK, 16: NETWORK}  # GPUs: bytes per second
-ALSO = ('heat adaptive', 'diffusion blocks')  # shown besides the first variant of each type: they cost more than it
+ALSO = ('heat adaptive', 'diffusion blocks')  # shown besides the first variant of each type: they cost more
 
 
 class Kept:
@@ -77,7 +77,7 @@ class KeptPerToken:
 
 @dataclass
 class Weights:
-    """Numbers of parameters: of all, of one block, and of all blocks. A step runs the blocks forward so many times."""
+    """Numbers of parameters: of all, of one block, and of all blocks. `forward`: forward passes of the blocks in a step."""
     all: int
     block: int
     blocks: int
@@ -114,8 +114,9 @@ def row(weights, encoder_bytes, feature_bytes, flops, kept, c, batch_size):
     return numbers
 
 
-HEAD = """| size | type | GFLOP | 1,000 tokens/s | step, ms | kept | GB | fsdp 8 | fsdp 16 | sent 8 | 16 | fsdp 8 | fsdp 16 |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+COLUMNS = ('size', 'type', 'GFLOP', '1,000 tokens/s', 'step, ms', 'kept', 'memory', 'fsdp 8', 'fsdp 16', 'sent, 8',
+           'sent, 16', 'sent, fsdp 8', 'sent, fsdp 16')
+HEAD = f'| {" | ".join(COLUMNS)} |\n|{" --- |" * len(COLUMNS)}'
 
 
 def line(size, name, n):

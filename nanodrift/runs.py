@@ -25,7 +25,7 @@ def read_lines(folder):
     try:
         return [json.loads(line) for line in text[:text.rfind('\n') + 1].splitlines()]
     except ValueError as e:
-        raise UserError(f'{path} is damaged: {e}; remove its folder, and it is trained again') from None
+        raise UserError(f'{path} is damaged: {e}') from None
 
 
 def divergence(folder):
@@ -112,7 +112,7 @@ class Run:
     def diverged(self):
         return any(entry.get('diverged') for entry in self.log()[-1:])
 
-    def left(self):
+    def iterations_left(self):
         """How many iterations its log lacks; none where it diverged."""
         last = (self.log() or [{'iter': 0}])[-1]
         return 0 if last.get('diverged') else max(0, self.max_iters - last['iter'])

@@ -20,9 +20,9 @@ def blocks_of(model):
 
 
 def shard(model, device, world_size):
-    """Shares out the parameters of a model on the CPU. Blocks move to the device one by one, so that it never holds the
-    whole model. What is left, embeddings and head above all, stays gathered when a forward method returns, because losses
-    and metrics use it outside."""
+    """Shares out the parameters of a model on the CPU. Blocks move to the device one by one, so that no device ever holds
+    the whole model. What is left, embeddings and head above all, stays gathered when a forward method returns, because
+    losses and metrics use it outside."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

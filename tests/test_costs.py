@@ -20,7 +20,7 @@ def test_what_remains_is_what_the_logs_lack(tmp_path):
         here.add(run, 0.5)
         here.add(attempt, 0.5)
         assert (here.runs, here.tries, here.iterations) == (int(left > 0), 1, left + 25)
-        assert here.tokens == 128 * (left + 25) and here.steps == 1.5 * here.tokens
+        assert here.tokens == 128 * (left + 25) and here.token_equivalents == 1.5 * here.tokens
 
 
 def test_the_plan_in_words():

@@ -124,10 +124,10 @@ def test_gpt2_at_124M_by_hand():
     assert found['memory_gb_ddp'] == pytest.approx(18 * P / 1e9 + found['kept_gb'] + 5)
     assert found['sent_gb_ddp_8'] == pytest.approx(2 * 7 / 8 * 4 * P / 1e9)
     assert found['sent_ms_ddp_8'] == pytest.approx(found['sent_gb_ddp_8'] / 300 * 1e3)
-    assert found['sent_gb_fsdp_16'] == pytest.approx(15 / 16 * (2 * 2 * P + 4 * P) / 1e9)
+    assert found['sent_gb_fsdp_16'] == pytest.approx(15 / 16 * 12 * P / 1e9)
     blocks = 12 * (12 * C * C + 13 * C)
     gathered = P - blocks + blocks / 6  # embeddings, and two of twelve blocks
-    assert found['memory_gb_fsdp_8'] == pytest.approx((16 * P / 8 + 6 * gathered) / 1e9 + found['kept_gb'] + 5)
+    assert found['memory_gb_fsdp_8'] == pytest.approx((16 * P / 8 + 8 * gathered) / 1e9 + found['kept_gb'] + 5)
     assert found['texts_ddp'] == int((75e9 - 18 * P) / (found['kept_gb'] * 1e9 / 12))
 
 

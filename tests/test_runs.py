@@ -16,7 +16,7 @@ def test_finished_is_what_the_checkpoint_says(command_line):
     assert run.state() is None and not run.finished(None) and run.last_loss() is None
     assert train.main(run.words) == 0
     state, loss = run.state(), read_lines(run.folder)[-1]['val_loss']
-    assert run.finished(state) and run.last_loss() == loss and run.left() == 0 and not longer.finished(state)
+    assert run.finished(state) and run.last_loss() == loss and run.iterations_left() == 0 and not longer.finished(state)
     assert not run.finished(state | {'evaluated_iter': 5, 'best_val_loss': loss + 1})
     assert run.finished(state | {'evaluated_iter': 5, 'best_val_loss': loss - 1})  # never saved again
     with pytest.raises(UserError, match='max_iters=6, not 7.*--out_dir'):
@@ -30,8 +30,8 @@ def test_a_log_counts_for_a_run_with_its_settings_only(command_line, tmp_path, c
     run = compare.run_of(command_line())
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'metrics.jsonl').write_text(json.dumps(last) + '\n')
-    assert run.left() == 6  # nothing says whose log it is
+    assert run.iterations_left() == 6  # nothing says whose log it is
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(run.settings | change))
     same, diverged = set(change) <= {'device'}, 'diverged' in last  # a run may go on with another device
-    assert run.left() == (6 if not same else 0 if diverged else 2)
+    assert run.iterations_left() == (6 if not same else 0 if diverged else 2)
     assert run.last_loss() == (math.inf if same and diverged else None)

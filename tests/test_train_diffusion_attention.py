@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import pseudo_text
+from test_machine import exit_code, finish
 from test_metrics import slow_calibration
 
 import prepare
@@ -189,3 +190,13 @@ def test_a_bpe_data_set_takes_ignored_text_too(tmp_path):
                   f'--data_dir={tmp_path}'])
     place = [f'--dataset={tmp_path}/a_bpe300', f'--log_dir={tmp_path}', '--exp_name=bpe', '--ignore_text= <unk>']
     assert experiment.main([*SMALL, *place]) == 0
+
+
+def rank(argv):
+    return exit_code(argv, experiment)
+
+
+def test_it_is_for_one_process(fork_ranks, tmp_path, data_dir):
+    words = [*SMALL, f'--dataset={data_dir}/tiny_byte', f'--log_dir={tmp_path}/logs', '--exp_name=run']
+    said = finish(fork_ranks(rank, words), tmp_path, code=2)
+    assert 'start it without torchrun' in said and 'Traceback' not in said and not (tmp_path / 'logs').exists()
