@@ -76,6 +76,7 @@ def test_on_gpus_memory_is_that_of_compiled_code(monkeypatch, device, compiled):
     assert bench.memory_of('ours', 'train', torch.device(device)) == 7
 
 
+@pytest.mark.slow
 def test_a_wrong_path_is_one_line():
     done = run_script('bench.py', *TINY, '--against=nowhere', check=False)
     assert done.returncode == 2 and 'model.py' in done.stderr and done.stderr.count('\n') == 1

@@ -80,6 +80,7 @@ def state_of(folder, which='last'):
     return checkpoint.load(checkpoint.find(str(folder), which))
 
 
+@pytest.mark.slow
 def test_a_report_of_several_types(place, words, calls):
     args = words('report', '--variants=gpt2,diffusion,drifting', '--seeds=1')
     compare.main(args)
@@ -193,6 +194,7 @@ def test_a_second_seed_is_trained_beside_the_first(place, words, calls):
     assert results(place / 'seeds')['rows'][0]['likelihood']['loss'][1] > 0
 
 
+@pytest.mark.slow
 def test_a_budget_in_seconds_is_that_of_the_measured_speed(place, words, calls):
     compare.main(words('seconds', '--variants=gpt2', '--seeds=5,6', '--samples=0', '--seconds=0.5'))
     folder = place / 'seconds' / 'runs'

@@ -90,6 +90,7 @@ def test_the_numbers_are_those_of_trainings_own_validation(go, runs, name):
         assert 0 < mine['ece'] < 1 and mine['perplexity'] == pytest.approx(math.exp(mine['loss']))
 
 
+@pytest.mark.slow
 def test_more_draws_of_a_window_are_one_better_term(go, runs, place):
     """The standard error is over windows: of the average over draws, drawn here one by one."""
     one, four = (go('nelbo', f'--draws={n}')[1]['likelihood'][runs['nelbo']] for n in (1, 4))
@@ -110,6 +111,7 @@ def test_more_draws_of_a_window_are_one_better_term(go, runs, place):
     assert abs(four['bound'] - one['bound']) < 4 * one['nelbo_stderr'] and four['bound'] != one['bound']
 
 
+@pytest.mark.slow
 def test_a_stride_gives_each_prediction_its_context(go, runs, place):
     """Against one forward pass for each token, over as much of the context before it as fits."""
     found = go('gpt2', '--stride=1', '--windows=0')[1]['likelihood'][runs['gpt2']]
@@ -215,6 +217,7 @@ def test_drifting_has_samples_and_no_likelihood(go, runs):
         go('drifting', f'--judge={runs["encoder"]}', *args)
 
 
+@pytest.mark.slow
 def test_contexts_are_shown_and_windows_of_different_ones_are_said_to_be(go):
     out, _ = go('gpt2,short')
     assert 'context 16' in out and 'context 8' in out and 'different contexts' not in out
@@ -222,6 +225,7 @@ def test_contexts_are_shown_and_windows_of_different_ones_are_said_to_be(go):
     assert 'different contexts' not in go('gpt2,judge', '--windows=5')[0]
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_sign_gets_a_table(runs):
     done = run_script('evaluate.py', f'--out_dir={runs["nelbo"]}', '--device=cpu', '--windows=4',
                       env={'PYTHONIOENCODING': 'ascii'})

@@ -117,6 +117,7 @@ def hold(folder):
             time.sleep(600)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_free(tmp_path, fork):
     process = fork(hold, str(tmp_path / 'run'))
     while not (tmp_path / 'run' / 'held').exists():
@@ -277,6 +278,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tiny, monkeypatch, when, kept)
     assert not kept or load(config.out_dir)['iter_num'] == kept
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_nobody_reads(command_line, settings):
     """A reader of the output that leaves, as head does, ends neither the run nor its checkpoints."""
     words = [sys.executable, 'train.py', *command_line(max_iters=40, log_interval=1)]

@@ -147,6 +147,7 @@ def test_the_report_says_what_failed_first(tmp_path, monkeypatch):
     assert text.endswith('## gradients, dd\n\n```\nline 7, in attend\n```\n')
 
 
+@pytest.mark.slow
 def test_without_data_the_checks_that_need_none_run(tmp_path):
     todo = [('data', 'gpt2'), ('gradients', 'gpt2'), ('step', 'gpt2')]
     rows, code, _ = gpu_report.start_worker(torch.device('cpu'), str(tmp_path / 'missing'), todo, 120)
@@ -171,6 +172,7 @@ gpu_report.work(json.loads(sys.argv[1]), None, None)
 '''
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_or_crashes_says_where_it_was():
     def start(checks, seconds):
         code, printed, said = gpu_report.run_python(['-c', WORKER, json.dumps(checks)], seconds)
@@ -215,6 +217,7 @@ def test_where_memory_is_short_the_batch_is_smaller(tmp_path, monkeypatch):
     assert text.count('not enough memory') == 3 and '--batch_size=3 failed' in text
 
 
+@pytest.mark.slow
 def test_figures_printed_before_the_time_is_over_are_kept_and_no_process_stays(tmp_path, monkeypatch):
     started = time.monotonic()
     text = measured(tmp_path, monkeypatch, 3, LARGEST=12, WAIT=True)

@@ -307,6 +307,7 @@ def test_torchrun_saves_when_it_is_told_to_stop(command_line, tmp_path):
     assert state['iter_num'] == metrics(tmp_path / 'run')[-1]['iter'] and state['config']['ddp_timeout'] == 60
 
 
+@pytest.mark.slow
 def test_accumulation_that_ranks_cannot_share(command_line, tmp_path):
     process = torchrun(*command_line(gradient_accumulation_steps=3))
     _, err = process.communicate(timeout=60)

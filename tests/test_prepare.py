@@ -166,6 +166,7 @@ def test_ids_are_those_of_whole_documents(inside, monkeypatch, tmp_path, tokeniz
     assert np.fromfile(folder / 'train.bin', '<u2').tolist() == expected
 
 
+@pytest.mark.slow
 def test_one_line_of_megabytes(inside, tmp_path):
     rng = random.Random(0)
     text = ' '.join(rng.choice(['alpha', "it's", '42', '  ', 'naïve', '中文字', '🙂']) for _ in range(800_000))
@@ -395,6 +396,7 @@ def test_shakespeare_from_its_file(cli):
     assert texts == {'train': text[:cut] + EOT_TEXT, 'val': text[cut:] + EOT_TEXT}
 
 
+@pytest.mark.slow
 def test_python_needs_no_network(cli):
     result = cli.run('python', '--tokenizer=byte')
     assert result.code == 0 and not result.network and result.err == '', result.err

@@ -22,6 +22,7 @@ def out_dir(tmp_path_factory, data_dir):
     return settings['out_dir']
 
 
+@pytest.mark.slow
 def test_samples_are_reproducible_by_seed_and_count_their_speed(out_dir):
     words = ['sample.py', f'--out_dir={out_dir}', '--num_samples=3', '--max_new_tokens=12', '--start=ab']
     first, again, other = run_script(*words), run_here(*words), run_here(*words, '--seed=1')
@@ -93,6 +94,7 @@ def test_hugging_face_weights_are_sampled_without_training(tmp_path):
     assert done.stdout.startswith('Hello')
 
 
+@pytest.mark.slow
 def test_output_is_utf8_whatever_the_locale(out_dir, tmp_path):
     (tmp_path / 'p.txt').write_text('é€🙂', encoding='utf-8')
     words = [sys.executable, 'sample.py', f'--out_dir={out_dir}', f'--start=FILE:{tmp_path / "p.txt"}', '--num_samples=1',

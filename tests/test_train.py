@@ -788,6 +788,7 @@ def test_real_wandb_never_asks(command_line, tmp_path):
     assert any((tmp_path / 'run' / 'wandb').glob('offline-run-*'))
 
 
+@pytest.mark.slow
 def test_the_real_command_in_the_c_locale_without_wandb(command_line, tmp_path):
     """SIGTERM to the command itself, wandb not imported, a folder with an accent, and no UTF-8 around."""
     code = ("import sys, runpy, atexit; sys.argv = sys.argv[1:]; "
