@@ -56,6 +56,8 @@ def draw_samples(axes, rows):
                 axes.annotate(label, at, xytext=(6, 5), textcoords='offset points', fontsize=8, color=colour)
     axes.axhline(0.5, color=INK, linewidth=0.8, linestyle='--')
     axes.set_xscale('log')
+    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatted('{x:.0f}')
     axes.margins(x=0.2)
     axes.set(xlabel='tokens per second', ylabel='samples told from text; 0.5 is perfect')
 
