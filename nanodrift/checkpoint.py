@@ -114,13 +114,15 @@ def check_shared(out_dir, ranks):
     path = os.path.join(out_dir, f'.{ranks.gather(uuid.uuid4().hex)[0]}')
     if ranks.first:
         write_empty(path)
-    ranks.gather(None)  # it is written
-    until = time.monotonic() + SHOWN_WITHIN
-    while not (found := os.path.exists(path)) and time.monotonic() < until:
-        time.sleep(0.5)
-    everyone = all(ranks.gather(found))
-    if ranks.first:
-        os.remove(path)
+    try:
+        ranks.gather(None)  # it is written
+        until = time.monotonic() + SHOWN_WITHIN
+        while not (found := os.path.exists(path)) and time.monotonic() < until:
+            time.sleep(0.5)
+        everyone = all(ranks.gather(found))
+    finally:  # also where another rank is gone
+        if ranks.first:
+            os.remove(path)
     if not everyone:
         raise UserError(f'some ranks do not see out_dir={out_dir}: it must be one folder that all machines share')
 
