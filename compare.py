@@ -3,6 +3,7 @@ Trains model types on one data set under one budget, several seeds of each, eval
 
     python compare.py                                                    every type, on a CPU
     python compare.py --variants="gpt2,heat,heat adaptive" --tokens=2e6 --seeds=1,2,3
+    python compare.py --jobs=4                                           four runs at a time, on the GPUs or on the cores
     python compare.py --recipe=config/gpt2_medium/gpt2.py --launch="torchrun --standalone --nproc_per_node=8" \\
         --dataset=wikitext-103 --tokens=1e9
 
@@ -17,20 +18,21 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+
+import torch
 
 import evaluate
 from model import TYPES, GPTConfig
 from nanodrift import checkpoint, costs, report, tuning
 from nanodrift.data import Stream, Windows, derive_seed, load_meta
+from nanodrift.jobs import call_all
 from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
-from nanodrift.runs import Run, divergence, read_object
+from nanodrift.runs import Run, read_object
 from nanodrift.variants import first_of_each_type, variants_of
 from train import TrainConfig, read_settings
 
@@ -59,6 +61,7 @@ class CompareConfig:
     launch: str = option('', "what starts train.py in place of python: 'torchrun --standalone --nproc_per_node=8', say")
     samples: int = option(200, 'samples of each run that are judged; 0 judges none')
     length: int = option(64, 'tokens of each sample', at_least=4)
+    jobs: int = option(1, 'runs that train at once, each on its share of the CPU cores, or on a GPU of its own', at_least=1)
     out_dir: str = option('report', 'folder of the report and of the runs')
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
 
@@ -88,6 +91,8 @@ class CompareConfig:
             raise UserError(f'launch={self.launch!r} is no command line: {e}') from None
         if not shutil.which(program):
             raise UserError(f'launch={self.launch!r}: there is no program {program!r} here')
+        if self.launch and self.jobs > 1:
+            raise UserError(f'jobs={self.jobs}: with --launch a run has all GPUs, so one trains at a time; leave --jobs out')
 
     @property
     def names(self):
@@ -181,6 +186,10 @@ def plan(config):
     device = pick_device(config.device, float64=refines)
     if refines and device.type == 'mps':
         raise UserError('diffusion is refined in float64, which mps has not: use --device=cpu, or leave diffusion out')
+    gpus = {'cpu': config.jobs, 'cuda': torch.cuda.device_count()}.get(device.type, 1)
+    if config.jobs > gpus:
+        raise UserError(f'jobs={config.jobs}: each needs a GPU of its own, and there {"is" if gpus == 1 else "are"} {gpus} '
+                        f'here; --jobs={gpus}')
     config.device = str(device)
     helpers = [JUDGE] * bool(config.samples) + [ENCODER] * any(needs_encoder(name) for name in config.names)
     runs = [plan_one(config, name, 'gpt2', HELPER_SEEDS[name], name) for name in helpers]
@@ -239,29 +248,9 @@ def plan_one(config, name, variant, seed, folder, factor=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def call(config, words, folder):
-    """Runs train.py with these words, passing signals on to it. Returns False if the run in this folder diverged, True after
-    success; ends with its exit code if it fails otherwise or was stopped."""
-    command, stopped = [*config.launcher, os.path.join(HERE, 'train.py'), *words], []
-    earlier = divergence(folder)
-    print('\n$ ' + shlex.join(command), flush=True)
-
-    def pass_on(number, frame):
-        stopped.append(number)
-        if child:
-            child.terminate() if os.name == 'nt' else child.send_signal(number)  # Windows can send no Ctrl-C
-    child, before = None, {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:  # a session of its own: the terminal would send Ctrl-C a second time, which ends train.py without a save
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stopped and code <= 0:
-        code = 128 + stopped[0]
-    if code and (stopped or divergence(folder) in (None, earlier)):  # torchrun has an exit code of its own
-        raise SystemExit(code if code > 0 else 128 - code)
-    return code == 0
+def call(config, calls):
+    """Runs train.py for each of calls, (words, folder) -> whether each came to its end, and did not diverge."""
+    return call_all(calls, [*config.launcher, os.path.join(HERE, 'train.py')], config.jobs, config.device)
 
 
 def trial_of(config, planned, measure=False):
@@ -282,7 +271,7 @@ def trial_of(config, planned, measure=False):
     if not measure and not trial.finished(trial.state()):
         return None
     anew = measure and not config.seconds and costs.foreign(trial)
-    ended = call(config, [*words, '--overwrite=True'], folder) if anew else train_one(config, trial)
+    ended, = call(config, [([*words, '--overwrite=True'], folder)]) if anew else train_each(config, [trial])
     return trial if ended else None
 
 
@@ -294,15 +283,18 @@ def iterations(config, planned):
     return trial and max(1, round(config.seconds * costs.speed_of(trial) / planned.tokens_per_iter))
 
 
-def train_one(config, run_):
-    """Trains a Run, goes on with it, or leaves it as it is. Returns whether it came to its end: False if it diverged, now or
+def train_each(config, runs):
+    """Trains each Run, goes on with it, or leaves it as it is -> whether each came to its end: False if it diverged, now or
     before."""
-    state = run_.state()
-    if run_.finished(state):
-        return True
-    if run_.diverged():
-        return False
-    return call(config, run_.words if state is None else ['--init_from=resume', f'--out_dir={run_.folder}'], run_.folder)
+    ended, calls = [], []
+    for run_ in runs:
+        state = run_.state()
+        ended.append(True if run_.finished(state) else False if run_.diverged() else None)
+        if ended[-1] is None:
+            words = run_.words if state is None else ['--init_from=resume', f'--out_dir={run_.folder}']
+            calls.append((words, run_.folder))
+    called = iter(call(config, calls))
+    return [next(called) if done is None else done for done in ended]
 
 
 def collect(config, run_):
@@ -323,17 +315,6 @@ def at_rate(config, planned, factor):
     """This run at so many times its learning rate; as it is where factor is None."""
     seed, folder = planned.settings['seed'], os.path.basename(planned.folder)
     return plan_one(config, planned.name, planned.variant, seed, folder, factor)
-
-
-def tune(config, planned, max_iters):
-    """Trains the tries of a variant -> the best factor, None where all diverged; what the report says of them; the runs."""
-    attempts = tries(config, planned, max_iters)
-    for attempt in attempts.values():
-        train_one(config, attempt)
-    losses = tuning.losses_of(attempts)
-    measure = TYPES[planned.model_config.model_type].objective(planned.model_config).val_metric
-    return (tuning.best_of(losses), tuning.told(attempts, losses, measure),
-            [collect(config, attempt) for attempt in attempts.values()])
 
 
 def known_runs(config, runs, measure=False):
@@ -379,26 +360,35 @@ def what_remains(config, runs):
 
 
 def train_all(config, runs):
-    """-> [(Planned, what `report.collect` says of it)]; {variant: what `tune` says}; the names of the runs that diverged.
+    """Trains judge and encoder, then the tries of every variant, then the runs -> [(Planned, what `report.collect` says of
+    it)]; {variant: what the report says of its tries}; what `collect` says of these; the names of the runs that diverged.
     Raises UserError where nothing is left to report."""
-    trained, tuned, diverged = [], {}, []
+    lengths = {planned.name: iterations(config, planned) for planned in runs}
+    able = [planned for planned in runs if lengths[planned.name]]  # the trial of the others diverged
+
+    def train(group):
+        ended = train_each(config, [planned.of_length(lengths[planned.name]) for planned in group])
+        return [planned for planned, done in zip(group, ended) if done]
+    trained = train([planned for planned in able if planned.helps])
     for planned in runs:
-        max_iters = iterations(config, planned)
-        lost = not max_iters
-        if config.tune and not planned.helps and not lost:
-            if planned.variant not in tuned:
-                tuned[planned.variant] = tune(config, planned, max_iters)
-            factor = tuned[planned.variant][0]
-            lost, planned = factor is None, at_rate(config, planned, factor)
-        if lost or not train_one(config, planned.of_length(max_iters)):
-            if planned.helps:
-                raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
-            diverged.append(planned.name)
-        else:
-            trained.append((planned, collect(config, planned.of_length(max_iters))))
-    if all(planned.helps for planned, _ in trained):
+        if planned.helps and planned not in trained:
+            raise UserError(f'the {planned.name} diverged, and others need it: take a recipe with a lower learning_rate')
+    compared = [planned for planned in able if not planned.helps]
+    attempts = {planned.variant: tries(config, planned, lengths[planned.name]) for planned in compared if config.tune}
+    train_each(config, [attempt for of_one in attempts.values() for attempt in of_one.values()])
+    losses = {variant: tuning.losses_of(of_one) for variant, of_one in attempts.items()}
+    best = {variant: tuning.best_of(of_one) for variant, of_one in losses.items()}
+    trained += train([at_rate(config, planned, best.get(planned.variant)) for planned in compared
+                      if best.get(planned.variant, 1) is not None])
+    names = {planned.name for planned in trained}
+    if all(planned.helps for planned in trained):
         raise UserError('all runs diverged: take a recipe with a lower learning_rate')
-    return trained, tuned, diverged
+    measures = {planned.variant: TYPES[planned.model_config.model_type].objective(planned.model_config).val_metric
+                for planned in compared}
+    return ([(planned, collect(config, planned.of_length(lengths[planned.name]))) for planned in trained],
+            {variant: tuning.told(of_one, losses[variant], measures[variant]) for variant, of_one in attempts.items()},
+            [collect(config, attempt) for of_one in attempts.values() for attempt in of_one.values()],
+            [planned.name for planned in runs if planned.name not in names])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,9 +447,9 @@ def main(argv):
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be made: {e.strerror}') from None
     remaining = what_remains(config, runs)
-    print('\n' + '\n'.join(costs.plan_lines(remaining, costs.unit_of(config.device))), flush=True)
+    print('\n' + '\n'.join(costs.plan_lines(remaining, costs.unit_of(config.device), config.jobs)), flush=True)
     started = time.time()
-    trained, tuned, diverged = train_all(config, runs)
+    trained, tuned, attempts, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
     variants, helpers, others = {}, [], {}
     for planned, run_ in trained:
@@ -473,9 +463,7 @@ def main(argv):
              'diverged, left out': '; '.join(diverged) or 'none', 'budget': f'{budget} a run',
              'samples of each run': config.samples, 'tokens of each sample': config.length,
              'learning rates tried for each variant': config.tune}
-    attempts = {variant: told for variant, (_, told, _) in tuned.items()}
-    path, rows = report.write(config.out_dir, facts, variants, helpers, attempts,
-                              [run_ for _, _, attempts in tuned.values() for run_ in attempts])
+    path, rows = report.write(config.out_dir, facts, variants, helpers, tuned, attempts)
     print(path)
     print(json.dumps(rows))
 

@@ -70,9 +70,9 @@ def unit_of(device):
     return 'core' if device.startswith('cpu') else 'GPU'
 
 
-def plan_lines(remaining, unit):
-    """The plan in words: {variant, or judge or encoder: Remaining}, with its hours on as many cores or GPUs at once as the
-    first trial had."""
+def plan_lines(remaining, unit, jobs=1):
+    """The plan in words: {variant, or judge or encoder: Remaining}, with its hours where so many runs train at once, each on
+    as many cores or GPUs as the first trial had."""
     if not remaining:
         return ['nothing is left to train']
     timed = {title: here for title, here in remaining.items() if here.seconds is not None}
@@ -89,7 +89,8 @@ def plan_lines(remaining, unit):
     lines = ['still to be trained:', *(line(*pair) for pair in remaining.items()),
              line('together', Remaining(**sums, seconds=seconds))]
     if timed:
-        lines.append(f'about {hours(seconds)} hours by the clock on {count} {unit}{"s" * (count > 1)}; a batch of '
+        used = count * jobs
+        lines.append(f'about {hours(seconds / jobs)} hours by the clock on {used} {unit}{"s" * (used > 1)}; a batch of '
                      'evaluation during training is taken for a third of one of training')
     if len(timed) < len(remaining):
         lines.append(f'not in the hours: what is not timed, with fewer than {WORTH_A_TRIAL} iterations, or a trial that '

@@ -17,7 +17,7 @@ import compare
 import prepare
 import train
 from model import TYPES
-from nanodrift import checkpoint, report, tuning
+from nanodrift import checkpoint, jobs, report, tuning
 from nanodrift.data import load_meta
 from nanodrift.options import UserError, read_config_file
 from nanodrift.runs import Run, read_lines, settings_of
@@ -58,18 +58,26 @@ def calls(monkeypatch):
     """The arguments that train.py is given, in this process: a command for each would take most of the time."""
     given = []
 
-    def call(config, arguments, folder):
-        given.append(arguments)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            assert train.main(arguments) == 0
-        except train.Diverged:
-            return False
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return True
+    def call(config, calls):
+        ended = []
+        for arguments, _ in calls:
+            given.append(arguments)
+            ended.append(train_here(arguments))
+        return ended
     monkeypatch.setattr(compare, 'call', call)
     return given
+
+
+def train_here(arguments):
+    """train.py in this process -> whether it did not diverge."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train.main(arguments) == 0
+    except train.Diverged:
+        return False
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def results(folder):
@@ -219,10 +227,9 @@ def test_learning_rates_are_tuned_on_another_seed_and_taken_by_all(place, words,
                  f'--recipe={place}/floor.py')
     real = compare.call
 
-    def stopped(config, arguments, folder):
-        if len(calls) == 2:
-            raise SystemExit(143)
-        return real(config, arguments, folder)
+    def stopped(config, given):
+        real(config, given[:2])
+        raise SystemExit(143)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(compare, 'call', stopped)
         compare.main(args)
@@ -308,12 +315,9 @@ def test_the_cost_is_said_before_training_and_again_what_remains(place, words, c
 @pytest.fixture(scope='module')
 def judged(place, words):
     """The folder of a finished comparison with a judge."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, 'call', lambda config, arguments, folder: train.main(arguments) == 0)
+        patch.setattr(compare, 'call', lambda config, calls: [train_here(arguments) for arguments, _ in calls])
         compare.main(words('judged', '--variants=gpt2', '--seeds=1'))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return place / 'judged'
 
 
@@ -432,7 +436,8 @@ def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, m
     (['--length=17'], '16 tokens'), (['--samples=-1'], 'samples'), (['--samples=9'], 'at least 10'),
     (['--samples=100000'], '--samples='), (['--variants=gpt2,heat,gpt2'], 'twice'), (['--seeds=1,2,01'], 'twice'),
     (['--seeds=1,1000'], 'judge'), (['--tune=1'], '--tune=3'), (['--tune=16'], 'at most 15'),
-    (['--tune=2', '--seeds=1002'], '1002 is that of the tries'),
+    (['--tune=2', '--seeds=1002'], '1002 is that of the tries'), (['--jobs=0'], 'at least 1'),
+    (['--jobs=2', '--launch=env'], 'leave --jobs out'),
     (['--seeds=1001'], 'encoder'), (['--tokens=10'], '--tokens=128'),
     (['--recipe=nowhere.py'], 'nowhere.py'), (['--device=abacus'], 'device'), (['--seeds=9223372036854775808'], 'seed='),
 ])
@@ -442,25 +447,53 @@ def test_mistakes_are_one_line_and_nothing_is_written(place, words, calls, args,
     assert not calls and not (place / 'wrong').exists()
 
 
+def test_each_run_has_a_gpu_of_its_own(place, words, calls, monkeypatch):
+    monkeypatch.setattr(compare, 'pick_device', lambda device, float64=False: torch.device('cuda:0'))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match='jobs=3: .* there are 2 here; --jobs=2'):
+        compare.main(words('wrong', '--jobs=3'))
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(place, words, calls):
     with pytest.raises(UserError, match='out_dir='):
         compare.main(words('text.txt'))
     assert not calls
 
 
-def test_a_variant_that_diverges_is_left_out_and_the_others_go_on(place, words, calls, monkeypatch):
-    real = compare.call
-
-    def call(config, arguments, folder):
-        if not any('heat_seed1' in word for word in arguments):
-            return real(config, arguments, folder)
-        return False
-    monkeypatch.setattr(compare, 'call', call)
+def test_a_variant_that_diverges_is_left_out_and_the_others_go_on(place, words, monkeypatch):
+    monkeypatch.setattr(compare, 'call', lambda config, calls: [
+        not any('heat_seed1' in word for word in arguments) and train_here(arguments) for arguments, _ in calls])
     compare.main(words('diverging', '--variants=gpt2,heat', '--seeds=1', '--samples=0'))
     found = results(place / 'diverging')
     assert [row['variant'] for row in found['rows']] == ['gpt2'] and found['facts']['diverged, left out'] == 'heat, seed 1'
     with pytest.raises(UserError, match='all runs diverged'):
         compare.main(words('nothing', '--variants=heat', '--seeds=1', '--samples=0'))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_one_after_the_other(place, words, calls, capfd):
+    """With the real commands, of which one diverges and one has no text."""
+    args = ['--variants=gpt2,duo', '--seeds=1,2', '--samples=0']
+    compare.main(words('in_turn', *args))
+    config, _ = compare.configure(words('at_once', *args, '--jobs=2'), compare.CompareConfig)
+    os.makedirs(config.runs)
+    runs = [planned.of_length(8) for planned in compare.plan(config)]
+    program = [sys.executable, os.path.join(ROOT, 'train.py')]
+    assert jobs.call_all([(run.words, run.folder) for run in runs], program, 2, 'cpu') == [True] * 4
+    said = capfd.readouterr().out
+    for run in runs:
+        name = os.path.basename(run.folder)
+        assert f'>> {run.folder}.txt' in said and f'{name}: done' in said
+        assert 'iter 8: ' in open(f'{run.folder}.txt', encoding='utf-8').read()
+        weights, others = (state_of(place / folder / 'runs' / name)['model'] for folder in ('at_once', 'in_turn'))
+        assert all(torch.equal(weights[key], others[key]) for key in others)
+    wild, lost = str(place / 'at_once' / 'wild'), str(place / 'at_once' / 'lost')
+    several = [([*runs[0].words, f'--out_dir={wild}', '--learning_rate=1e30', '--warmup_iters=0', '--max_iters=8'], wild),
+               ([*runs[0].words, f'--out_dir={lost}', '--dataset=nothing'], lost)]
+    assert jobs.call_all(several[:1], program, 2, 'cpu') == [False] and 'wild: diverged' in capfd.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        jobs.call_all(several[1:], program, 2, 'cpu')
+    assert e.value.code == 2 and re.search(fr"nothing.*\(from {lost}\.txt\)", capfd.readouterr().err)
 
 
 @pytest.mark.slow
@@ -471,7 +504,7 @@ def test_torchrun_does_not_hide_that_a_run_diverged(place, words):
     folder = str(place / 'torchrun' / 'run')
     arguments = [f'{place}/recipe.py', '--dataset=text_bpe280', f'--data_dir={place}', '--device=cpu', '--max_iters=8',
                  '--gradient_accumulation_steps=2', f'--out_dir={folder}']
-    assert compare.call(config, [*arguments, '--learning_rate=1e30', '--warmup_iters=0'], folder) is False
+    assert compare.call(config, [([*arguments, '--learning_rate=1e30', '--warmup_iters=0'], folder)]) == [False]
     assert json.loads(open(f'{folder}/metrics.jsonl', encoding='utf-8').readlines()[-1])['diverged']
     with pytest.raises(SystemExit):
-        compare.call(config, [*arguments, '--gradient_accumulation_steps=3', '--overwrite=True'], folder)
+        compare.call(config, [([*arguments, '--gradient_accumulation_steps=3', '--overwrite=True'], folder)])

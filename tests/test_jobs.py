@@ -1,0 +1,89 @@
+"""Commands side by side: at most so many at once, signals for all of them, an end for all where one fails."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nanodrift import jobs
+
+# writes its start and its end; with 'wait' it ends a while after SIGTERM, with exit code 7, as a run that saves does
+CHILD = '''
+import signal, sys, time
+name, what = sys.argv[1:]
+def tell(word):
+    open(name, 'a').write(word + '\\n')
+def end(number, frame):
+    tell('told')
+    time.sleep(0.3)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, end)
+tell('begun')
+time.sleep({'short': 0.3, 'wait': 60, 'fail': 0.1}[what])
+tell('ended')
+sys.exit(what == 'fail')
+'''
+
+
+@pytest.fixture
+def go(tmp_path):
+    """go(whats, at_once) runs commands of these kinds -> [(i, slot, exit code)] in the order of their ends."""
+    def words_of(i):
+        path = tmp_path / str(i)
+        return path.read_text().split() if path.exists() else []
+
+    def go(whats, at_once, ended=lambda i, code: None):
+        slots, ends, alive = {}, [], set()
+
+        def start(i, slot):
+            assert len(alive) < at_once and slot not in {slots[n] for n in alive} and 0 <= slot < at_once
+            slots[i] = slot
+            alive.add(i)
+            return subprocess.Popen([sys.executable, '-c', CHILD, str(tmp_path / str(i)), whats[i]], start_new_session=True)
+
+        def note(i, code):
+            alive.remove(i)
+            ends.append((i, slots[i], code))
+            ended(i, code)
+        jobs.run_all(start, note, len(whats), at_once)
+        return ends
+    go.words_of = words_of
+    return go
+
+
+def test_so_many_at_once_each_in_a_slot_of_its_own(go):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert [(i, slot) for i, slot, _ in go(['short'] * 3, 1)] == [(0, 0), (1, 0), (2, 0)]
+    ends = go(['short', 'fail', 'short', 'short'], 2)
+    assert sorted((i, code) for i, _, code in ends) == [(0, 0), (1, 1), (2, 0), (3, 0)]
+    assert {slot for _, slot, _ in ends} == {0, 1}
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_a_signal_reaches_all_once_and_nothing_more_begins(go):
+    def send():
+        while not (go.words_of(0) and go.words_of(1)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.15)
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one, which is not passed on
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(SystemExit) as e:
+        go(['wait', 'wait', 'short'], 2)
+    sender.join()
+    assert e.value.code == 128 + signal.SIGTERM
+    assert [go.words_of(i) for i in range(3)] == [['begun', 'told'], ['begun', 'told'], []]
+
+
+def test_where_one_fails_the_others_are_told_and_waited_for(go):
+    def ended(i, code):
+        while not go.words_of(0):
+            time.sleep(0.02)
+        raise SystemExit(code)
+    with pytest.raises(SystemExit) as e:
+        go(['wait', 'fail', 'short'], 2, ended)
+    assert e.value.code == 1 and go.words_of(0) == ['begun', 'told'] and go.words_of(2) == []
