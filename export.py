@@ -1,7 +1,7 @@
 """
 A checkpoint for others: a folder in Hugging Face's format, weights as safetensors, never pickle.
 
-    python export.py --out_dir=out --to=my-model
+    python export.py --out_dir=out --to=my-model            --dtype=float16 halves the file
     python sample.py --init_from=hf:my-model              here, from disk or, once uploaded, from the Hub
     python generate_diffusion.py --out_dir=hf:my-model    masked diffusion likewise
 
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from model import GPTConfig, load_model
 from nanodrift import huggingface
 from nanodrift.checkpoint import FILES
+from nanodrift.machine import DTYPES
 from nanodrift.model_card import model_card, writing_command
-from nanodrift.options import UserError, configure, from_stored, option, run
+from nanodrift.options import UserError, check_options, configure, from_stored, option, run
 
 
 @dataclass
@@ -28,13 +29,15 @@ class ExportConfig:
     out_dir: str = option('out', 'folder of the run')
     ckpt: str = option('best', 'which checkpoint of it', tuple(FILES))
     to: str = option('', 'the new folder')
+    dtype: str = option('float32', 'number type of the weights: one of 16 bits halves the file, and rounds', tuple(DTYPES))
 
     def __post_init__(self):
+        check_options(self)
         if not self.to:
             raise UserError('--to=FOLDER is missing: where should the model go?')
 
 
-def export(state, folder):
+def export(state, folder, dtype='float32'):
     """Writes a checkpoint's model and tokenizer to a new folder, with the encoder of a drifting model inside. The folder is
     there when it is whole. Raises UserError if it is there already, or cannot be written."""
     huggingface.check_complete(state)
@@ -53,25 +56,27 @@ def export(state, folder):
             shutil.rmtree(temporary)
         os.makedirs(temporary)
         if config.model_type == 'gpt2':
-            huggingface.write_gpt2(state, config, temporary)
+            huggingface.write_gpt2(state, config, temporary, dtype)
         else:
-            huggingface.write_ours(state, temporary)
+            huggingface.write_ours(state, temporary, dtype)
         if encoder is not None:
             encoder_state = encoder.source | {'model_args': asdict(encoder.config), 'model': encoder.state_dict()}
             inside = os.path.join(temporary, huggingface.ENCODER)
             os.mkdir(inside)
-            huggingface.write_ours(encoder_state, inside)  # to the last bit: it is known by its fingerprint
-        huggingface.write_text(temporary, 'README.md', model_card(state, config, model, folder))
+            huggingface.write_ours(encoder_state, inside, 'float32')  # to the last bit: it is known by its fingerprint
+        huggingface.write_text(temporary, 'README.md', model_card(state, config, model, folder, dtype))
         os.rename(temporary, folder)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, UserError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, UserError):
+            raise
         raise UserError(f'cannot write to={folder}: {getattr(e, "strerror", None) or e}') from None
 
 
 def main(argv):
     config, _ = configure(argv, ExportConfig, description=__doc__)
     state = huggingface.open_run(config.out_dir, config.ckpt)
-    export(state, config.to)
+    export(state, config.to, config.dtype)
     print(f'{config.to}: ' + ' '.join(writing_command(state['model_args'].get('model_type', 'gpt2'), config.to)))
 
 

@@ -11,6 +11,7 @@ from nanodrift import checkpoint
 from nanodrift.checkpoint import EMBEDDING
 from nanodrift.corpus import hub_is_reachable
 from nanodrift.kernels import padded_vocab_size
+from nanodrift.machine import DTYPES
 from nanodrift.options import UserError
 from nanodrift.tokenizer import EOT_TEXT, BPETokenizer, byte_alphabet, tokenizer_from_meta, tokenizer_from_spec
 
@@ -304,27 +305,30 @@ def write_json(folder, name, value):
     write_text(folder, name, json.dumps(value, indent=1))
 
 
-def write_gpt2(state, c, folder):
+def write_gpt2(state, c, folder, dtype):
     """What transformers loads of a checkpoint and its GPTConfig, into an empty folder."""
     tokenizer = tokenizer_from_meta(state['tokenizer'])
     facts = {key: state[key] for key in ('tokenizer', 'run_id', 'parents')}  # which transformers leaves alone
-    write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {OURS: facts})
-    write_weights(folder, gpt2_weights(state.get('ema') or state['model'], c))
+    write_json(folder, 'config.json', gpt2_config(c, tokenizer.eot) | {'torch_dtype': dtype, OURS: facts})
+    write_weights(folder, gpt2_weights(state.get('ema') or state['model'], c), dtype)
     write_tokenizer(folder, tokenizer, c.block_size)
 
 
-def write_ours(state, folder):
+def write_ours(state, folder, dtype):
     """What this repository loads, into an empty folder."""
     facts = {key: state.get(key) for key in FACTS}  # runs of before have no encoder
     write_json(folder, 'config.json', {'model_type': OURS} | facts)
     weights = state.get('ema') or state['model']
     untied = {name: tensor.contiguous().clone() for name, tensor in weights.items() if name != 'lm_head.weight'}
-    write_weights(folder, untied)
+    write_weights(folder, untied, dtype)
     write_tokenizer(folder, tokenizer_from_meta(state['tokenizer']), state['model_args']['block_size'])
 
 
-def write_weights(folder, weights):
+def write_weights(folder, weights, dtype):
     from safetensors.torch import save_file
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f'dtype={dtype} cannot hold these weights: --dtype=bfloat16')
     save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
 
 

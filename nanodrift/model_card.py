@@ -69,13 +69,13 @@ def code(value):
     return '`' + ' '.join(str(value).split()).replace('`', "'").replace('|', '/') + '`'
 
 
-def model_card(state, c, model, folder):
-    """The card's text, from a checkpoint, its GPTConfig, its model and the new folder."""
+def model_card(state, c, model, folder, dtype):
+    """The card's text, from a checkpoint, its GPTConfig, its model, the new folder and the number type of its weights."""
     name = os.path.basename(os.path.abspath(folder))
     gpt2, run = c.model_type == 'gpt2', state.get('config') or {}
     parameters = count_parameters(model, c)
-    facts = {'type': code(c.model_type), 'parameters': f'{parameters:,}', **model_facts(c), **data_facts(state, run),
-             **training_facts(state, c, run, model.objective.val_metric), **origin(state)}
+    facts = {'type': code(c.model_type), 'parameters': f'{parameters:,} in {dtype}', **model_facts(c),
+             **data_facts(state, run), **training_facts(state, c, run, model.objective.val_metric), **origin(state)}
     data = os.path.join('data', os.path.basename(os.path.normpath(run.get('dataset') or 'NAME')))
     commands = [writing_command(c.model_type, name), ['python', 'evaluate.py', f'--out_dir=hf:{name}', f'--data={data}']]
     text = CARD.format(

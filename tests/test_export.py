@@ -113,6 +113,38 @@ def test_every_type_comes_back(trained, tmp_path, model_type, capsys):
     assert checkpoint.load(checkpoint.find(child))['parents'] == [state['run_id']]
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('model_type', ['gpt2', 'diffusion', 'drifting'])
+def test_weights_of_16_bits_are_the_rounded_ones_in_half_the_file(trained, tmp_path, capsys, model_type, dtype):
+    options = {'encoder': trained('encoder')} if model_type == 'drifting' else {}
+    out_dir = trained(model_type=model_type, **options)
+    for name, words in (('whole', []), ('half', [f'--dtype={dtype}'])):
+        export.main([f'--out_dir={out_dir}', f'--to={tmp_path}/{name}', *words])
+    whole, half = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'half'))
+    assert {tensor.dtype for tensor in half.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(half[name], whole[name].to(half[name].dtype)) for name in whole)
+    model = load_model(huggingface.open_run(f'hf:{tmp_path}/half'))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    if model_type == 'gpt2':
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'half', dtype=torch.float32).eval()
+        X = torch.arange(16)[None]
+        with torch.no_grad():
+            assert torch.allclose(model(X, X)[0], theirs(X).logits, atol=1e-5)
+    command = generate_diffusion if model_type == 'diffusion' else sample
+    key = 'out_dir' if model_type == 'diffusion' else 'init_from'
+    command.main([f'--{key}=hf:{tmp_path}/half', '--max_new_tokens=4', '--device=cpu'])
+    assert card_of(tmp_path / 'half')[1]['parameters'].endswith(f' in {dtype}')
+
+
+def test_weights_beyond_float16_are_refused(trained, tmp_path):
+    out_dir = trained()
+    state = checkpoint.load(checkpoint.find(out_dir))
+    state['model']['transformer.ln_f.weight'][0] = 1e6
+    with pytest.raises(UserError, match='dtype=float16 .* --dtype=bfloat16'):
+        export.export(state, str(tmp_path / 'hf'), 'float16')
+    assert not [name for name in os.listdir(tmp_path) if name.startswith('hf')]
+
+
 def test_drifting_takes_its_encoder_along(trained, tmp_path, monkeypatch):
     """From disk and from the Hub, where the encoder is a folder of the same repository."""
     encoder = trained('encoder', bias=False)
@@ -190,7 +222,7 @@ def test_a_model_card_holds_the_numbers_of_the_checkpoint_and_its_commands_run(t
     assert ('validation loss' in facts) == (kind in ('gpt2', 'heat'))
     padding = 320 - 300 if kind == 'gpt2' else 320 - 300 - (kind == 'diffusion')  # rows of the embedding matrix
     exact = parameters_of(folder) - (16 * padding if kind in ('heat', 'diffusion') else 0)
-    assert facts['parameters'] == f'{exact:,}'
+    assert facts['parameters'] == f'{exact:,} in float32'
     monkeypatch.chdir(tmp_path)
     os.symlink(data, 'data')
     *python, commands = blocks
