@@ -24,6 +24,8 @@ VARIANTS = {
     'diffusion blocks': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4},
     'diffusion blocks shifted': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4,
                                  'diffusion_shift': True},
+    'diffusion blocks complement': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4,
+                                    'diffusion_shift': True, 'diffusion_complement': True},
     'drifting': {'model_type': 'drifting'},
     'drifting straight': {'model_type': 'drifting', 'drift_output': 'straight'},
 }
