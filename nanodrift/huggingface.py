@@ -4,6 +4,7 @@ and a model.safetensors; the tokenizers that go with them.
 """
 import json
 import os
+import shutil
 
 import torch
 
@@ -329,7 +330,9 @@ def write_weights(folder, weights, dtype):
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f'dtype={dtype} cannot hold these weights: --dtype=bfloat16')
-    save_file(weights, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+    path = os.path.join(folder, 'model.safetensors')
+    save_file(weights, path, metadata={'format': 'pt'})
+    shutil.copymode(os.path.join(folder, 'config.json'), path)  # save_file lets only its owner read it
 
 
 def write_tokenizer(folder, tokenizer, block_size):
