@@ -29,6 +29,7 @@ RUNS = {'out': 'gpt2', 'out-a': 'gpt2', 'out-b': 'heat', 'out-judge': 'judge', '
         'out-shakespeare-char': 'gpt2', 'out-tinystories': 'drafts', 'out-drifting': 'drifting',
         'out-diffusion': 'diffusion', 'out-diffusion-tinystories': 'diffusion', 'out-blocks-tinystories': 'blocks',
         'GPT2_RUN': 'gpt2', 'ENCODER': 'gpt2', 'DIFFUSION_RUN': 'nelbo', 'RUN': 'diffusion', '...': 'diffusion'}
+SHIPPED = 'hf:models/gpt2-python'  # which lies in the repository
 OF_A_TYPE = ('model_type', 'diffusion_', 'draft_')  # settings by which a command is of one type
 DOWNLOADS = ('tinystories', 'wikitext-2', 'wikitext-103', 'shakespeare', 'python')  # data sets; python takes a minute
 # scripts that other tests run as a whole, since they take long: their options are read here
@@ -113,7 +114,8 @@ def place(tmp_path, monkeypatch, trained, data_dir):
         if name != '...':
             shutil.copytree(trained[kind], name)
     os.symlink(data_dir, 'data')
-    os.symlink(f'{ROOT}/config', 'config')
+    for name in ('config', 'models'):
+        os.symlink(f'{ROOT}/{name}', name)
     for name in ('my.txt', 'story.txt'):
         with open(name, 'w', encoding='utf-8') as f:
             f.write('The drift cools the token. ' * 200)
@@ -164,7 +166,8 @@ def settings_of(args):
 
 
 def type_of(command):
-    return RUNS[settings_of(split(command)[1])['out_dir'].split(',')[0]]
+    names = settings_of(split(command)[1])
+    return SHIPPED if names.get('init_from') == SHIPPED else RUNS[names['out_dir'].split(',')[0]]
 
 
 @pytest.mark.parametrize('command, model_type', [
