@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from nanodrift.options import configure, option, run
 
@@ -52,12 +53,13 @@ def draw_samples(axes, rows):
         if points:
             speeds, accuracies, labels = zip(*points)
             axes.plot(speeds, accuracies, marker='o', linestyle=':', color=colour, label=kind)
-            for label, *at in zip(labels, speeds, accuracies):
+            for label, *at in zip(labels, speeds, accuracies) if len(points) > 1 else ():  # one alone is in the legend
                 axes.annotate(label, at, xytext=(6, 5), textcoords='offset points', fontsize=8, color=colour)
     axes.axhline(0.5, color=INK, linewidth=0.8, linestyle='--')
     axes.set_xscale('log')
-    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatted('{x:.0f}')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter('{x:.0f}')
+    axes.xaxis.set_minor_formatter('')
     axes.margins(x=0.2)
     axes.set(xlabel='tokens per second', ylabel='samples told from text; 0.5 is perfect')
 
