@@ -1,7 +1,7 @@
 # The demo of block diffusion: the Python standard library's source on a CPU
 #   make demo MODEL=diffusion     or     python prepare.py python --tokenizer=bpe:1024
 #                                        python train.py config/train_diffusion_python.py
-# Two noisy copies of each text, 960 iterations of 16 texts: bound 4.168 over the whole validation split (± 0.009, seed 1,
+# Two noisy copies of each text, 960 iterations of 16 texts: validation loss at most 4.168 (± 0.009, whole split, seed 1,
 # commit d23ef86). One copy, 750 iterations of 32, about as long: 4.220; two copies shifted: 4.161. The rate is not tuned.
 out_dir = 'out-diffusion'
 dataset = 'python_bpe1024'

@@ -28,7 +28,7 @@ def run_all(start, ended, count, at_once):
         passed_on = False
         while running or waiting and not stopped:
             while waiting and not stopped and len(running) < at_once:
-                i, slot = waiting.pop(0), min(set(range(at_once)) - set(running))
+                i, slot = waiting.pop(0), next(n for n in range(at_once) if n not in running)
                 running[slot] = i, start(i, slot)
             if stopped and not passed_on:  # once: a second signal would end train.py without a save
                 passed_on = True

@@ -294,11 +294,12 @@ def listing(folder):
             for path in [os.path.join(at, name) for name in names]}
 
 
-def train_here(config, words, folder):
+def train_here(config, calls):
     """compare.call in this process."""
-    done = run_here('train.py', *words)
-    assert done.returncode in (0, train.DIVERGED), done.stderr
-    return done.returncode == 0
+    done = [run_here('train.py', *words) for words, _ in calls]
+    for one in done:
+        assert one.returncode in (0, train.DIVERGED), one.stderr
+    return [one.returncode == 0 for one in done]
 
 
 @pytest.mark.slow
