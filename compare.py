@@ -28,7 +28,7 @@ import evaluate
 from model import TYPES, GPTConfig
 from nanodrift import checkpoint, costs, report, tuning
 from nanodrift.data import Stream, Windows, derive_seed, load_meta
-from nanodrift.jobs import call_all
+from nanodrift.jobs import call_all, threads_of_each
 from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
@@ -186,6 +186,9 @@ def plan(config):
     device = pick_device(config.device, float64=refines)
     if refines and device.type == 'mps':
         raise UserError('diffusion is refined in float64, which mps has not: use --device=cpu, or leave diffusion out')
+    if config.jobs > 1 and ':' in config.device:
+        raise UserError(f'jobs={config.jobs}: device={config.device} is one GPU, and each run needs one of its own; '
+                        '--device=cuda takes the first ones')
     gpus = {'cpu': config.jobs, 'cuda': torch.cuda.device_count()}.get(device.type, 1)
     if config.jobs > gpus:
         raise UserError(f'jobs={config.jobs}: each needs a GPU of its own, and there {"is" if gpus == 1 else "are"} {gpus} '
@@ -253,6 +256,11 @@ def call(config, calls):
     return call_all(calls, [*config.launcher, os.path.join(HERE, 'train.py')], config.jobs, config.device)
 
 
+def foreign(config, trial):
+    """`costs.foreign`; how many threads a launcher gives to a run is not known."""
+    return costs.foreign(trial, None if config.launch else threads_of_each(config.jobs))
+
+
 def trial_of(config, planned, measure=False):
     """The Run that tells how fast a variant is; None where it has not ended yet, unless it is to `measure`, and where even a
     trial diverges.
@@ -270,7 +278,7 @@ def trial_of(config, planned, measure=False):
     trial = run_of(words)
     if not measure and not trial.finished(trial.state()):
         return None
-    anew = measure and not config.seconds and costs.foreign(trial)
+    anew = measure and not config.seconds and foreign(config, trial)
     ended, = call(config, [([*words, '--overwrite=True'], folder)]) if anew else train_each(config, [trial])
     return trial if ended else None
 
@@ -352,7 +360,7 @@ def what_remains(config, runs):
         for run_ in (*attempts.values(), *known):
             here.add(run_, planned.evaluation_share(run_))
         worth = config.seconds or here.iterations >= costs.WORTH_A_TRIAL
-        if worth and (trial := trial_of(config, planned, measure=True)) and not costs.foreign(trial):
+        if worth and (trial := trial_of(config, planned, measure=True)) and not foreign(config, trial):
             here.take_time(trial)
         if here.iterations:
             remaining[title] = here
@@ -378,8 +386,9 @@ def train_all(config, runs):
     train_each(config, [attempt for of_one in attempts.values() for attempt in of_one.values()])
     losses = {variant: tuning.losses_of(of_one) for variant, of_one in attempts.items()}
     best = {variant: tuning.best_of(of_one) for variant, of_one in losses.items()}
+    lost = {variant for variant, factor in best.items() if factor is None}  # all of its tries diverged
     trained += train([at_rate(config, planned, best.get(planned.variant)) for planned in compared
-                      if best.get(planned.variant, 1) is not None])
+                      if planned.variant not in lost])
     names = {planned.name for planned in trained}
     if all(planned.helps for planned in trained):
         raise UserError('all runs diverged: take a recipe with a lower learning_rate')

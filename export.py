@@ -66,11 +66,10 @@ def export(state, folder, dtype='float32'):
             huggingface.write_ours(encoder_state, inside, 'float32')  # to the last bit: it is known by its fingerprint
         huggingface.write_text(temporary, 'README.md', model_card(state, config, model, folder, dtype))
         os.rename(temporary, folder)
-    except (OSError, SafetensorError, UserError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(e, UserError):
-            raise
+    except (OSError, SafetensorError) as e:
         raise UserError(f'cannot write to={folder}: {getattr(e, "strerror", None) or e}') from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # where all went well it has its new name, and is not there
 
 
 def main(argv):

@@ -16,13 +16,15 @@ WORTH_A_TRIAL = 60  # iterations: what is shorter is over before an estimate hel
 EVALUATION_COST = 1 / 3  # of a batch, compared with a batch of training
 
 
-def foreign(trial):
-    """Whether the folder of a trial has one with other settings, or of another device or number type, so that its speed says
-    nothing about these runs."""
+def foreign(trial, threads=None):
+    """Whether the folder of a trial has one with other settings, or of another device, number type or, on a CPU,
+    number of threads (None: not known), so that its speed says nothing about these runs."""
     had, device = settings_of(trial.folder), trial.settings['device']
     dtype = pick_dtype(trial.settings['dtype'], pick_device(device))
     if not had:
         return False
+    if threads and device == 'cpu' and had['threads'] != threads:
+        return True
     return bool(trial.differing(had)) or (numbered(had['device']), had['dtype_used']) != (numbered(device), dtype)
 
 
@@ -71,8 +73,8 @@ def unit_of(device):
 
 
 def plan_lines(remaining, unit, jobs=1):
-    """The plan in words: {variant, or judge or encoder: Remaining}, with its hours where so many runs train at once, each on
-    as many cores or GPUs as the first trial had."""
+    """The plan in words: {variant, or judge or encoder: Remaining}, with its hours if `jobs` runs train at once, each on as
+    many cores or GPUs as the first trial had."""
     if not remaining:
         return ['nothing is left to train']
     timed = {title: here for title, here in remaining.items() if here.seconds is not None}
@@ -94,5 +96,5 @@ def plan_lines(remaining, unit, jobs=1):
                      'evaluation during training is taken for a third of one of training')
     if len(timed) < len(remaining):
         lines.append(f'not in the hours: what is not timed, with fewer than {WORTH_A_TRIAL} iterations, or a trial that '
-                     'diverged or ran on another device')
+                     'diverged or ran on another device or with other threads')
     return [*lines, 'not included: the start of each command, the evaluation of finished runs, and their samples']

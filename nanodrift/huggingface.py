@@ -327,11 +327,11 @@ def write_ours(state, folder, dtype):
 
 def write_weights(folder, weights, dtype):
     from safetensors.torch import save_file
-    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    rounded = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    if any((tensor.isinf() & weights[name].isfinite()).any() for name, tensor in rounded.items()):
         raise UserError(f'dtype={dtype} cannot hold these weights: --dtype=bfloat16')
     path = os.path.join(folder, 'model.safetensors')
-    save_file(weights, path, metadata={'format': 'pt'})
+    save_file(rounded, path, metadata={'format': 'pt'})
     shutil.copymode(os.path.join(folder, 'config.json'), path)  # save_file lets only its owner read it
 
 

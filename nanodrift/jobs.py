@@ -56,6 +56,11 @@ def tell(child, number):
     child.terminate() if os.name == 'nt' else child.send_signal(number)
 
 
+def threads_of_each(at_once):
+    """How many threads a run has where so many run at the same time on this CPU."""
+    return max(1, torch.get_num_threads() // at_once)
+
+
 def call_all(calls, program, at_once, device):
     """Runs a program, train.py, with the words of each of calls, (words, folder of the run) -> whether each came to its end:
     False for a run that diverged. Of several at a time each has its share of the CPU cores, or a GPU of its own, and writes
@@ -73,10 +78,9 @@ def call_all(calls, program, at_once, device):
         if device.startswith('cuda'):
             command.append(f'--device=cuda:{slot}')
         print(f'$ {shlex.join(command)} >> {folder}.txt', flush=True)
-        threads = max(1, torch.get_num_threads() // at_once)
         with open(f'{folder}.txt', 'a', encoding='utf-8') as log:
             return subprocess.Popen(command, **how, stdout=log, stderr=log,
-                                    env=os.environ | {'OMP_NUM_THREADS': str(threads)})
+                                    env=os.environ | {'OMP_NUM_THREADS': str(threads_of_each(at_once))})
 
     def ended(i, code):
         folder = calls[i][1]

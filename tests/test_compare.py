@@ -272,7 +272,8 @@ def test_tries_that_diverged_are_known_and_no_variant_is_left(place, words, call
 # ---------------------------------------------------------------------------------------------------------------------
 # the estimate
 
-@pytest.mark.parametrize('change', [{'device': 'cuda'}, {'dtype_used': 'float16'}, {'batch_size': 4}])
+@pytest.mark.parametrize('change', [{'device': 'cuda'}, {'dtype_used': 'float16'}, {'batch_size': 4},
+                                    {'threads': 7}])
 def test_the_estimate_takes_no_speed_of_other_runs(place, words, calls, tmp_path, change):
     def estimate(*args):
         args = words('none', '--variants=gpt2', '--seeds=1', '--samples=0', f'--out_dir={tmp_path}', *args)
@@ -451,7 +452,9 @@ def test_each_run_has_a_gpu_of_its_own(place, words, calls, monkeypatch):
     monkeypatch.setattr(compare, 'pick_device', lambda device, float64=False: torch.device('cuda:0'))
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(UserError, match='jobs=3: .* there are 2 here; --jobs=2'):
-        compare.main(words('wrong', '--jobs=3'))
+        compare.main(words('wrong', '--jobs=3', '--device=cuda'))
+    with pytest.raises(UserError, match='device=cuda:1 is one GPU.*--device=cuda '):
+        compare.main(words('wrong', '--jobs=2', '--device=cuda:1'))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(place, words, calls):

@@ -123,6 +123,7 @@ def test_weights_of_16_bits_are_the_rounded_ones_in_half_the_file(trained, tmp_p
     whole, half = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'half'))
     assert {tensor.dtype for tensor in half.values()} == {getattr(torch, dtype)}
     assert all(torch.equal(half[name], whole[name].to(half[name].dtype)) for name in whole)
+    assert len({os.stat(tmp_path / 'half' / name).st_mode for name in ('model.safetensors', 'config.json')}) == 1
     model = load_model(huggingface.open_run(f'hf:{tmp_path}/half'))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     if model_type == 'gpt2':

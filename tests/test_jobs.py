@@ -54,6 +54,23 @@ def go(tmp_path):
     return go
 
 
+@pytest.mark.parametrize('at_once, device', [(1, 'cpu'), (2, 'cpu'), (2, 'cuda:0')])
+def test_each_has_its_share_of_the_cores_or_a_gpu(tmp_path, monkeypatch, capfd, at_once, device):
+    """Of two, each is told its slot as its GPU, and half of the threads; one alone is told nothing."""
+    monkeypatch.setattr(jobs.torch, 'get_num_threads', lambda: 6)
+    monkeypatch.setenv('OMP_NUM_THREADS', '6')
+    told = 'import os, sys, time; print(*sys.argv[1:], os.environ["OMP_NUM_THREADS"], flush=True); time.sleep(0.5)'
+    folders = [str(tmp_path / name) for name in 'ab']
+    for _ in range(2):  # a second time in the same place is added
+        calls = [(['x'], folder) for folder in folders]
+        assert jobs.call_all(calls, [sys.executable, '-c', told], at_once, device) == [True] * 2
+    if at_once == 1:
+        assert os.listdir(tmp_path) == [] and capfd.readouterr().out.count('x 6\n') == 4
+        return
+    gpus = {'cpu': ['', ''], 'cuda:0': ['--device=cuda:0 ', '--device=cuda:1 ']}[device]
+    assert [open(f'{folder}.txt', encoding='utf-8').read() for folder in folders] == [f'x {gpu}3\n' * 2 for gpu in gpus]
+
+
 def test_so_many_at_once_each_in_a_slot_of_its_own(go):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert [(i, slot) for i, slot, _ in go(['short'] * 3, 1)] == [(0, 0), (1, 0), (2, 0)]
