@@ -189,6 +189,8 @@ def plan(config):
     if config.jobs > 1 and ':' in config.device:
         raise UserError(f'jobs={config.jobs}: device={config.device} is one GPU, and each run needs one of its own; '
                         '--device=cuda takes the first ones')
+    if device.type == 'cpu' and config.jobs > os.cpu_count():
+        raise UserError(f'jobs={config.jobs}: there are {os.cpu_count()} CPU cores here; --jobs={os.cpu_count()}')
     gpus = {'cpu': config.jobs, 'cuda': torch.cuda.device_count()}.get(device.type, 1)
     if config.jobs > gpus:
         raise UserError(f'jobs={config.jobs}: each needs a GPU of its own, and there {"is" if gpus == 1 else "are"} {gpus} '
@@ -299,7 +301,8 @@ def train_each(config, runs):
         state = run_.state()
         ended.append(True if run_.finished(state) else False if run_.diverged() else None)
         if ended[-1] is None:
-            words = run_.words if state is None else ['--init_from=resume', f'--out_dir={run_.folder}']
+            words = run_.words if state is None else [
+                '--init_from=resume', f'--out_dir={run_.folder}', f'--device={config.device}']
             calls.append((words, run_.folder))
     called = iter(call(config, calls))
     return [next(called) if done is None else done for done in ended]
@@ -358,7 +361,7 @@ def what_remains(config, runs):
     for title, planned, attempts, _, known in known_runs(config, runs, measure=True):
         here = costs.Remaining()
         for run_ in (*attempts.values(), *known):
-            here.add(run_, planned.evaluation_share(run_))
+            here.add(run_, planned.evaluation_share(run_), costs.HELPERS if planned.helps else None)
         worth = config.seconds or here.iterations >= costs.WORTH_A_TRIAL
         if worth and (trial := trial_of(config, planned, measure=True)) and not foreign(config, trial):
             here.take_time(trial)

@@ -28,15 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig, load_encoder, with_weights
 from nanodrift import checkpoint, huggingface, sharding
 from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta
-from nanodrift.machine import DTYPES, autocast, compiler_works, pick_dtype, read_later, setup_ranks
+from nanodrift.machine import DTYPES, STOPPING, autocast, compiler_works, pick_dtype, read_later, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
 from nanodrift.options import UserError, build, check_options, from_stored, mistake, option, read_values, run
 from nanodrift.runlog import RunLog, tell
 
 DIVERGED = 3  # the exit code of a run that diverged
 SCHEDULES = ('cosine', 'linear', 'constant')
-# signals that end a run with a checkpoint; some are unknown to Windows
-STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 
 @dataclass
@@ -169,7 +167,8 @@ class Trainer:
     def train(self):
         """Runs to the last iteration, or to the end of the iteration in which SIGINT or SIGTERM came."""
         for number in STOPPING:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         while True:
             if self._evaluation_due():
                 try:
@@ -355,9 +354,13 @@ class Trainer:
         return self.config.keep_every and self.iter_num and self.iter_num % self.config.keep_every == 0
 
     def _on_signal(self, number, frame):
-        self.stop_signal = number
-        if self.ranks.world_size == 1:  # torchrun may repeat a signal that the rank already received
-            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        now = time.monotonic()
+        if self.stop_signal is None:
+            self.stop_signal, self.stopped_at = number, now
+        # whoever started it may repeat a signal; a second one of the user's ends it at once
+        elif self.ranks.world_size == 1 and now > self.stopped_at + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _agree_to_stop(self):
         """The number of a signal that a rank has, or 0; ranks agree, since it reaches them at different moments."""

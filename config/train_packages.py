@@ -2,7 +2,7 @@
 #   python prepare.py --packages=config/packages.txt --name=packages --tokenizer=bpe:4096
 #   python train.py config/train_packages.py
 #   python export.py --out_dir=out-packages --to=models/gpt2-python --dtype=float16
-# One core of machine A of LOG.md: 44 minutes, of which it stood still for some nine; validation loss 3.016 over the whole
+# One core of machine A of LOG.md: 44 minutes, some nine of them stalled; validation loss 3.016 over the whole
 # split, 1.323 bits per byte (seed 1, commit d23ef86). The rate was not tuned.
 out_dir = 'out-packages'
 dataset = 'packages_bpe4096'

@@ -327,7 +327,9 @@ def write_ours(state, folder, dtype):
 
 def write_weights(folder, weights, dtype):
     from safetensors.torch import save_file
-    rounded = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    # an angle is a position times its rate: rounded, the rates of rotary positions would be wrong far from the beginning
+    rounded = {name: tensor if name.endswith('.frequencies') else tensor.to(DTYPES[dtype])
+               for name, tensor in weights.items()}
     if any((tensor.isinf() & weights[name].isfinite()).any() for name, tensor in rounded.items()):
         raise UserError(f'dtype={dtype} cannot hold these weights: --dtype=bfloat16')
     path = os.path.join(folder, 'model.safetensors')

@@ -1,5 +1,5 @@
 """
-Commands that run side by side: a comparison's runs. Ctrl-C and SIGTERM reach all of them.
+Commands that run side by side: a comparison's runs. A signal that ends the comparison reaches all of them.
 """
 import os
 import shlex
@@ -10,6 +10,9 @@ import time
 
 import torch
 
+from nanodrift.machine import STOPPING
+from nanodrift.options import UserError
+from nanodrift.runlog import tell
 from nanodrift.runs import divergence
 
 POLL = 0.1  # seconds between two looks at what runs
@@ -19,41 +22,44 @@ def run_all(start, ended, count, at_once):
     """Runs `count` commands, `at_once` of them at a time: start(i, slot) starts one of them and returns its Popen, ended(i,
     exit code) is told of its end. No two that run at the same time have the same slot, which is below at_once.
 
-    Ctrl-C and SIGTERM are passed on to what runs, and nothing is started after them; when all has ended, SystemExit is
-    raised with 128 + the signal. If `ended` raises, the commands that still run are sent SIGTERM and waited for."""
-    stopped, running, waiting = [], {}, list(range(count))
-    before = {number: signal.signal(number, lambda number, frame: stopped.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    After a signal of STOPPING nothing is started; what runs is sent SIGTERM, and when all has ended, SystemExit is raised
+    with 128 + the signal. Where start or ended raises, what still runs is ended in the same way."""
+    signals, running, waiting = [], {}, list(range(count))
+    before = {number: signal.signal(number, lambda number, frame: signals.append((number, time.monotonic())))
+              for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
-        passed_on = False
-        while running or waiting and not stopped:
-            while waiting and not stopped and len(running) < at_once:
+        while (running or waiting) and not signals:
+            while waiting and not signals and len(running) < at_once:
                 i, slot = waiting.pop(0), next(n for n in range(at_once) if n not in running)
                 running[slot] = i, start(i, slot)
-            if stopped and not passed_on:  # once: a second signal would end train.py without a save
-                passed_on = True
-                for _, child in running.values():
-                    tell(child, stopped[0])
             for slot, (i, child) in list(running.items()):
-                if child.poll() is not None:
+                if not signals and child.poll() is not None:
                     del running[slot]
-                    if not stopped:
-                        ended(i, child.returncode)
+                    ended(i, child.returncode)
             time.sleep(POLL)
-        if stopped:
-            raise SystemExit(128 + stopped[0])
     finally:
-        for _, child in running.values():
-            tell(child, signal.SIGTERM)
-        for _, child in running.values():
-            child.wait()
+        end([child for _, child in running.values() if child.poll() is None], signals)
         for number, handler in before.items():
             signal.signal(number, handler)
+    if signals:
+        raise SystemExit(128 + signals[0][0])
 
 
-def tell(child, number):
-    """Sends a signal; on Windows, which can send no Ctrl-C, it ends the command."""
-    child.terminate() if os.name == 'nt' else child.send_signal(number)
+def end(children, signals):
+    """Sends SIGTERM to commands and waits for them; a signal that comes a second later or more kills them. signals:
+    [(number, when)], to which signal handlers add."""
+    if not children:
+        return
+    told = time.monotonic()
+    if not (os.name == 'nt' and signals and signals[0][0] == signal.SIGINT):  # the console of Windows gave it to all
+        for child in children:
+            child.terminate()
+    tell(f'waiting for {len(children)} of train.py to save; Ctrl-C once more ends them at once', sys.stderr)
+    while any([child.poll() is None for child in children]):
+        if any(when > told + 1 for _, when in signals):
+            for child in children:
+                child.kill()
+        time.sleep(POLL)
 
 
 def threads_of_each(at_once):
@@ -61,26 +67,41 @@ def threads_of_each(at_once):
     return max(1, torch.get_num_threads() // at_once)
 
 
+def what_it_said(path, begun):
+    """The reason that a run gives for its end, or else its last line, in a file that others may have begun."""
+    with open(path, encoding='utf-8', errors='replace') as log:
+        log.seek(begun)
+        lines = [line.strip() for line in log if line.strip()]
+    reasons = [line for line in lines if line.startswith('train.py: ')]
+    return f'{(reasons or lines or ["it said nothing"])[-1]} (from {path})'
+
+
 def call_all(calls, program, at_once, device):
     """Runs a program, train.py, with the words of each of calls, (words, folder of the run) -> whether each came to its end:
     False for a run that diverged. Of several at a time each has its share of the CPU cores, or a GPU of its own, and writes
     to a file next to its folder. Ends with the exit code of one that fails otherwise, or with that of a signal."""
     came_to_its_end, earlier = [False] * len(calls), [divergence(folder) for _, folder in calls]
+    begun = [0] * len(calls)  # where the output of this time begins in its file
 
     def start(i, slot):
         words, folder = calls[i]
         command = [*program, *words]
         # a session of its own: the terminal would send Ctrl-C a second time, which ends train.py without a save
         how = {'stdin': subprocess.DEVNULL, 'start_new_session': True}
-        if at_once == 1:
-            print('\n$ ' + shlex.join(command), flush=True)
-            return subprocess.Popen(command, **how)
-        if device.startswith('cuda'):
-            command.append(f'--device=cuda:{slot}')
-        print(f'$ {shlex.join(command)} >> {folder}.txt', flush=True)
-        with open(f'{folder}.txt', 'a', encoding='utf-8') as log:
-            return subprocess.Popen(command, **how, stdout=log, stderr=log,
-                                    env=os.environ | {'OMP_NUM_THREADS': str(threads_of_each(at_once))})
+        try:
+            if at_once == 1:
+                tell('\n$ ' + shlex.join(command))
+                return subprocess.Popen(command, **how)
+            if device.startswith('cuda'):
+                command.append(f'--device=cuda:{slot}')
+            threads = {name: str(threads_of_each(at_once)) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+            shown = shlex.join([f'{name}={value}' for name, value in threads.items()] + command)
+            tell(f'$ {shown} >> {shlex.quote(folder + ".txt")}')
+            with open(f'{folder}.txt', 'ab') as log:
+                begun[i] = log.tell()
+                return subprocess.Popen(command, **how, stdout=log, stderr=log, env=os.environ | threads)
+        except OSError as e:
+            raise UserError(f'cannot start {folder}: {e.strerror}') from None
 
     def ended(i, code):
         folder = calls[i][1]
@@ -88,11 +109,10 @@ def call_all(calls, program, at_once, device):
         diverged = code and divergence(folder) not in (None, earlier[i])  # torchrun has an exit code of its own
         if at_once > 1:
             result = 'diverged' if diverged else f'exit code {code}' if code else 'done'
-            print(f'{os.path.basename(folder)}: {result}', flush=True)
+            tell(f'{os.path.basename(folder)}: {result}')
         if code and not diverged:
             if at_once > 1:
-                with open(f'{folder}.txt', encoding='utf-8') as log:
-                    sys.stderr.write(f'{(log.readlines() or [""])[-1].strip()} (from {folder}.txt)\n')
+                tell(f'{os.path.basename(folder)}, {result}: {what_it_said(folder + ".txt", begun[i])}', sys.stderr)
             raise SystemExit(code if code > 0 else 128 - code)
     run_all(start, ended, len(calls), at_once)
     return came_to_its_end

@@ -2,6 +2,7 @@
 The machine a script runs on: device, number type, compiler, and the ranks that train together.
 """
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ from nanodrift.options import UserError, one_of
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 ROLL_CALL = 5  # seconds in which a rank that is well answers
+# signals that end a run with a checkpoint; some are unknown to Windows
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 
 @dataclass

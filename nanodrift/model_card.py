@@ -34,7 +34,8 @@ weights and of their training text.
 
 ## How to load it
 
-From the folder that holds this one{transformers}
+From the folder that holds this one{transformers} with nanoDrift, whose folder is NANODRIFT here; its data set has to be
+prepared first:
 
 ```
 {commands}
@@ -55,7 +56,7 @@ start = tokenizer(tokenizer.eos_token, return_tensors='pt')  # end-of-text start
 print(tokenizer.decode(model.generate(**start, max_new_tokens={count}, do_sample=True)[0]))
 ```
 
-or, where nanoDrift is,'''
+or'''
 
 
 def writing_command(model_type, folder):
@@ -76,13 +77,15 @@ def model_card(state, c, model, folder, dtype):
     parameters = count_parameters(model, c)
     facts = {'type': code(c.model_type), 'parameters': f'{parameters:,} in {dtype}', **model_facts(c),
              **data_facts(state, run), **training_facts(state, c, run, model.objective.val_metric), **origin(state)}
-    data = os.path.join('data', os.path.basename(os.path.normpath(run.get('dataset') or 'NAME')))
-    commands = [writing_command(c.model_type, name), ['python', 'evaluate.py', f'--out_dir=hf:{name}', f'--data={data}']]
+    data = os.path.join('NANODRIFT', 'data', os.path.basename(os.path.normpath(run.get('dataset') or 'NAME')))
+    _, script, *words = writing_command(c.model_type, name)
+    commands = [['python', f'NANODRIFT/{script}', *words],
+                ['python', 'NANODRIFT/evaluate.py', f'--out_dir=hf:{name}', f'--data={data}']]
     text = CARD.format(
         library='transformers' if gpt2 else 'nanodrift', model_type=c.model_type, title=code(name)[1:-1],
         tags=json.dumps(['nanodrift', c.model_type]), commands='\n'.join(map(shlex.join, commands)),
         facts='\n'.join(f'| {fact} | {value} |' for fact, value in facts.items()),
-        transformers=TRANSFORMERS.format(name=name, count=min(50, c.block_size)) if gpt2 else ', where nanoDrift is:',
+        transformers=TRANSFORMERS.format(name=name, count=min(50, c.block_size)) if gpt2 else ',',
         limits='\n'.join(f'- {limit}' for limit in limits(state, c, parameters)))
     return text.encode('utf-8', errors='replace').decode('utf-8')  # names of folders may be no Unicode
 

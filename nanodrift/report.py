@@ -208,7 +208,7 @@ def machine_facts(runs):
     if device.startswith('cuda') and torch.cuda.is_available():
         device += f' ({torch.cuda.get_device_name()})'
     return {'machine': f'{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}', 'device': device,
-            'ranks': every('world_size'), 'threads': torch.get_num_threads(), 'dtype': every('dtype_used'),
+            'ranks': every('world_size'), 'threads': every('threads'), 'dtype': every('dtype_used'),
             'torch': every('torch'), 'commit of the runs': every('commit'), 'commit of the report': checkpoint.commit()}
 
 

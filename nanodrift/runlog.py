@@ -19,13 +19,15 @@ SHOWN = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_accuracy': 'ac
          'val_diversity': 'diversity'}
 
 
-def tell(line):
-    """Prints a line above the progress bar. Where nobody reads any more (`| head`), all further ones are lost."""
+def tell(line, file=None):
+    """Prints a line above the progress bar, on stdout if no other file is named. Where nobody reads any more (`| head`, a
+    terminal that was closed), all further ones are lost."""
     try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+        tqdm.write(line, file=file)
+        (file or sys.stdout).flush()
+    except OSError:
+        name = 'stderr' if file is sys.stderr else 'stdout'
+        setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
 
 
 class RunLog:

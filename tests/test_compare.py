@@ -17,7 +17,7 @@ import compare
 import prepare
 import train
 from model import TYPES
-from nanodrift import checkpoint, jobs, report, tuning
+from nanodrift import checkpoint, costs, jobs, report, tuning
 from nanodrift.data import load_meta
 from nanodrift.options import UserError, read_config_file
 from nanodrift.runs import Run, read_lines, settings_of
@@ -115,7 +115,7 @@ def test_a_report_of_several_types(place, words, calls):
     assert report.classifier_stderr(1.0, 10) > 0  # ten of ten are no certainty
     assert all(title in page for title in (*report.LIKELIHOOD.values(), 'MAUVE', 'JS 4', 'distinct 3', 'repeated'))
     facts = found['facts']
-    assert '--variants=gpt2,diffusion,drifting' in facts['command'] and facts['device'] == 'cpu' and facts['threads'] == 1
+    assert '--variants=gpt2,diffusion,drifting' in facts['command'] and facts['device'] == 'cpu' and facts['threads'] == '1'
     assert {'hours of training', 'hours of judge and encoder', 'hours of evaluation', 'machine'} <= set(facts)
     assert '--seed=1' in found['commands']['diffusion_seed1']['command'] and 'commit' in found['commands']['judge']
 
@@ -168,30 +168,38 @@ def test_curves_have_points_and_the_time_counts(place, words, calls):
 
 
 @pytest.mark.slow
-def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls):
-    """A real signal to the real command: train.py saves in order, and the comparison ends with its exit code."""
-    args = ['--variants=duo', '--seeds=3', '--samples=0', '--tokens=25600']
-    cut, whole = words('cut', *args), words('whole', *args)
-    process = subprocess.Popen([sys.executable, 'compare.py', *cut], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    folder = place / 'cut' / 'runs' / 'duo_seed3'
+@pytest.mark.parametrize('seeds, number', [((3,), signal.SIGTERM), ((3, 4), signal.SIGHUP)])
+def test_what_was_stopped_goes_on_as_if_it_had_not_been(place, words, calls, seeds, number):
+    """A real signal to the real command: train.py saves in order, and the comparison ends with its exit code. Two seeds are
+    trained at the same time, and go on one after the other."""
+    count = len(seeds)
+    args = ['--variants=duo', f'--seeds={",".join(map(str, seeds))}', '--samples=0', '--tokens=25600']
+    cut, whole = words(f'cut{count}', *args), words(f'whole{count}', *args)
+    process = subprocess.Popen([sys.executable, 'compare.py', *cut, f'--jobs={count}'], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    runs = place / f'cut{count}' / 'runs'
+    folders = [runs / f'duo_seed{seed}' for seed in seeds]
     until = time.monotonic() + 120
-    while not any(entry['iter'] >= 20 for entry in read_lines(str(folder))):
+    while not all(any(entry['iter'] >= 20 for entry in read_lines(str(folder))) for folder in folders):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    state = state_of(folder)
-    assert 20 <= state['iter_num'] < 200 and f'after iteration {state["iter_num"]}' in said
-    assert not (place / 'cut' / 'report.html').exists()
+    assert process.returncode == 128 + number and f'waiting for {count} of train.py' in said, said
+    for folder in folders:
+        state, said = state_of(folder), said if count == 1 else (runs / f'{folder.name}.txt').read_text()
+        assert 20 <= state['iter_num'] < 200 and f'after iteration {state["iter_num"]}' in said
+    assert not (place / f'cut{count}' / 'report.html').exists()
 
     compare.main(cut)
-    assert [given[0] for given in calls] == ['--init_from=resume']
+    assert calls == [['--init_from=resume', f'--out_dir={folder}', '--device=cpu'] for folder in folders]
     compare.main(whole)
-    weights, others = state_of(folder)['model'], state_of(place / 'whole' / 'runs' / 'duo_seed3')['model']
-    assert all(torch.equal(weights[name], others[name]) for name in others)
-    row, other = (results(place / name)['rows'][0]['likelihood'] for name in ('cut', 'whole'))
-    assert {**row, 'trained': 0} == {**other, 'trained': 0} and row['fill_accuracy'][0] >= 0
+    for folder in folders:
+        weights, others = state_of(folder)['model'], state_of(place / f'whole{count}' / 'runs' / folder.name)['model']
+        assert all(torch.equal(weights[name], others[name]) for name in others)
+    row, other = (results(place / f'{name}{count}')['rows'][0]['likelihood'] for name in ('cut', 'whole'))
+    timed = {'trained': 0, 'loss_at_equal_seconds': 0}
+    assert row | timed == other | timed and row['fill_accuracy'][0] >= 0
 
 
 @pytest.mark.slow
@@ -278,7 +286,8 @@ def test_the_estimate_takes_no_speed_of_other_runs(place, words, calls, tmp_path
     def estimate(*args):
         args = words('none', '--variants=gpt2', '--seeds=1', '--samples=0', f'--out_dir={tmp_path}', *args)
         config, _ = compare.configure(args, compare.CompareConfig)
-        return compare.what_remains(config, compare.plan(config))['gpt2'].seconds
+        here = compare.what_remains(config, compare.plan(config))['gpt2']
+        return here.speed and sum(here.seconds(costs.RUNS))
     log, settings = (tmp_path / 'runs' / 'gpt2-trial' / name for name in ('metrics.jsonl', 'config.json'))
     in_time, in_tokens = '--seconds=1', '--tokens=8192'
     assert 0.5 < estimate(in_time) < 3 and len(calls) == 1
@@ -438,7 +447,7 @@ def test_a_type_with_a_recipe_of_its_own_keeps_the_options_in_it(place, words, m
     (['--samples=100000'], '--samples='), (['--variants=gpt2,heat,gpt2'], 'twice'), (['--seeds=1,2,01'], 'twice'),
     (['--seeds=1,1000'], 'judge'), (['--tune=1'], '--tune=3'), (['--tune=16'], 'at most 15'),
     (['--tune=2', '--seeds=1002'], '1002 is that of the tries'), (['--jobs=0'], 'at least 1'),
-    (['--jobs=2', '--launch=env'], 'leave --jobs out'),
+    (['--jobs=100000'], 'CPU cores here; --jobs='), (['--jobs=2', '--launch=env'], 'leave --jobs out'),
     (['--seeds=1001'], 'encoder'), (['--tokens=10'], '--tokens=128'),
     (['--recipe=nowhere.py'], 'nowhere.py'), (['--device=abacus'], 'device'), (['--seeds=9223372036854775808'], 'seed='),
 ])

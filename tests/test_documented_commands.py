@@ -129,7 +129,8 @@ def run_small(script, args, **small):
 
 
 def run_training(args, model_type):
-    args = [word.replace('hf:gpt2', 'GPT2_RUN') for word in args if word != '...' and not word.startswith('--dataset')]
+    args = [re.sub('hf:gpt2|out-gpt2-tinystories', 'GPT2_RUN', word) for word in args
+            if word != '...' and not word.startswith('--dataset')]
     small = SMALL | ({} if of_one_type(args) else {'model_type': model_type})
     named = {name: value for name, _, value in (word[2:].partition('=') for word in args)}
     if named.get('init_from') == 'resume':

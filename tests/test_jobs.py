@@ -9,6 +9,8 @@ import time
 import pytest
 
 from nanodrift import jobs
+from nanodrift.machine import STOPPING
+from nanodrift.options import UserError
 
 # writes its start and its end; with 'wait' it ends a while after SIGTERM, with exit code 7, as a run that saves does
 CHILD = '''
@@ -80,19 +82,20 @@ def test_so_many_at_once_each_in_a_slot_of_its_own(go):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
-def test_a_signal_reaches_all_once_and_nothing_more_begins(go):
+@pytest.mark.parametrize('number', STOPPING)
+def test_a_signal_reaches_all_once_and_nothing_more_begins(go, number):
     def send():
         while not (go.words_of(0) and go.words_of(1)):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(0.15)
-        os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one, which is not passed on
+        os.kill(os.getpid(), number)  # an impatient second one, which is not passed on
     sender = threading.Thread(target=send)
     sender.start()
     with pytest.raises(SystemExit) as e:
         go(['wait', 'wait', 'short'], 2)
     sender.join()
-    assert e.value.code == 128 + signal.SIGTERM
+    assert e.value.code == 128 + number
     assert [go.words_of(i) for i in range(3)] == [['begun', 'told'], ['begun', 'told'], []]
 
 
@@ -104,3 +107,48 @@ def test_where_one_fails_the_others_are_told_and_waited_for(go):
     with pytest.raises(SystemExit) as e:
         go(['wait', 'fail', 'short'], 2, ended)
     assert e.value.code == 1 and go.words_of(0) == ['begun', 'told'] and go.words_of(2) == []
+
+
+def test_what_hangs_is_killed_by_a_second_signal(capfd):
+    """Here it comes a second after the first; so long what train.py writes is waited for."""
+    program = ('import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print("begun", flush=True); '
+               'time.sleep(60)')
+    children = []
+
+    def start(i, slot):
+        children.append(subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, start_new_session=True))
+        assert children[i].stdout.readline() == b'begun\n'
+        return children[i]
+    timers = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)) for after in (1.5, 3.0)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(SystemExit) as e:
+        jobs.run_all(start, lambda i, code: None, 2, 2)
+    assert e.value.code == 130 and [child.returncode for child in children] == [-signal.SIGKILL] * 2
+    assert 'waiting for 2 of train.py to save; Ctrl-C once more' in capfd.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_so(go):
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert [code for *_, code in go(['short'], 1, lambda i, code: os.kill(os.getpid(), signal.SIGHUP))] == [0]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize('said, told', [
+    ('print("train.py: the reason"); print("later")', 'train.py: the reason'), ('print("just this")', 'just this'),
+    ('pass', 'it said nothing'), (r'import os; os.write(1, b"\xff no Unicode\n")', '\ufffd no Unicode')])
+def test_a_failure_is_told_by_what_it_said_this_time(tmp_path, capfd, said, told):
+    folder = str(tmp_path / 'run')
+    (tmp_path / 'run.txt').write_text('train.py: an earlier reason\n')
+    with pytest.raises(SystemExit) as e:
+        jobs.call_all([([f'{said}\nraise SystemExit(2)'], folder)], [sys.executable, '-c'], 2, 'cpu')
+    assert e.value.code == 2 and capfd.readouterr().err == f'run, exit code 2: {told} (from {folder}.txt)\n'
+
+
+def test_what_cannot_be_started_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='cannot start .*nowhere/run: No such file or directory'):
+        jobs.call_all([(['x'], str(tmp_path / 'nowhere' / 'run'))], [sys.executable], 2, 'cpu')

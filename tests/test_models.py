@@ -25,7 +25,7 @@ def test_it_is_small_and_can_be_read():
     assert os.path.getsize(path) <= 3e6
     with open(os.path.join(FOLDER, 'README.md'), encoding='utf-8') as f:
         card = f.read()
-    for command in re.findall(r'^python (\S+)', card, re.MULTILINE):
+    for command in re.findall(r'^python (?:NANODRIFT/)?(\S+)', card, re.MULTILINE):
         assert os.path.exists(os.path.join(ROOT, command))
     assert 'No license is claimed' not in card and 'config/train_packages.py' in card
 
