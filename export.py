@@ -50,7 +50,7 @@ def export(state, folder, dtype='float32'):
     if encoder is not None:
         config = replace(config, encoder=huggingface.INSIDE)
     state = state | {'model_args': asdict(config)}
-    temporary = folder + '.tmp'
+    temporary = folder + '.tmp-export'  # a name that no folder of the user's has
     try:
         if os.path.exists(temporary):  # of an export that was killed
             shutil.rmtree(temporary)

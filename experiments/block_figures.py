@@ -33,7 +33,7 @@ def draw_losses(axes, losses):
     for (name, values), style in zip(((k, v) for k, v in losses.items() if isinstance(v, list)), ('-', '--')):
         axes.axhline(sum(values) / len(values), color=INK, linewidth=1, linestyle=style, label=name)
     layouts = {name: rows for name, rows in losses.items() if isinstance(rows, dict)}
-    for (name, rows), marker in zip(layouts.items(), 'osD'):
+    for (name, rows), marker in zip(layouts.items(), 'osD^'):
         points = [(int(size), value) for size, seeds in rows.items() for value in seeds]
         for exact in (True, False):
             shown = [point for point in points if (point[0] == 1) == exact]

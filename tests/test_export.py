@@ -281,9 +281,11 @@ def test_a_killed_export_is_not_in_the_way(trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(huggingface, 'write_tokenizer', killed)
         export.main(args)
-    assert not (tmp_path / 'hf').exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith('hf')]
+    (tmp_path / 'hf.tmp-export' / 'left').mkdir(parents=True)  # as kill -9 leaves it
     export.main(args)
-    assert (tmp_path / 'hf' / 'tokenizer.json').exists() and not (tmp_path / 'hf.tmp').exists()
+    assert [name for name in os.listdir(tmp_path) if name.startswith('hf')] == ['hf']
+    assert (tmp_path / 'hf' / 'tokenizer.json').exists() and not (tmp_path / 'hf' / 'left').exists()
 
 
 @pytest.mark.parametrize('model_type', ['gpt2', 'heat'])
