@@ -32,6 +32,7 @@ TYPES = {}  # model_type -> ModelType, filled at the end of this file
 LEAST_HEAT_TIME = 1e-6  # below, gradients of the distance form overflow float32
 ADAPTIVE, DRIFT = {'heat_t': 'adaptive'}, {'diffusion_objective': 'drift'}  # what some options need
 REPAIR = {'types': 'diffusion', 'at_least': 0, 'needs': {'diffusion_objective': 'repair'}}
+NELBO = {'types': 'diffusion', 'needs': {'diffusion_objective': 'nelbo'}}
 FIELD = {'types': ('drifting', 'diffusion'), 'needs': DRIFT}  # options of the field
 
 
@@ -82,11 +83,13 @@ class GPTConfig:
                                       'drifting', ('repair', 'nelbo', 'drift'), types='diffusion')
     positions: str = option('rotary', 'what tells positions apart', ('rotary', 'learned', 'both'), types='diffusion')
     diffusion_block: int = option(0, 'block diffusion: tokens in a block, which divide block_size; 0 is one block',
-                                  types='diffusion', at_least=0, needs={'diffusion_objective': 'nelbo'})
+                                  at_least=0, **NELBO)
     diffusion_shift: bool = option(False, 'positions predict the next token, as in gpt2, whose weights can then go on',
                                    types='diffusion')
     diffusion_complement: bool = option(False, 'train on two noisy copies of each block, with complementary masks',
                                         types='diffusion')
+    diffusion_t_min: float = option(0.0, 'least masking rate in training', at_least=0, below=1, **NELBO)
+    diffusion_t_max: float = option(1.0, 'greatest masking rate in training', above=0, at_most=1, **NELBO)
     penalty_keep_mask: float = option(0.25, 'weight of a masked token for which [MASK] is predicted', **REPAIR)
     penalty_mask_correct: float = option(0.5, 'weight of a right token for which [MASK] is predicted', **REPAIR)
     drift_weight: float = option(1.0, 'weight of the field; the bound has 1', types='diffusion', at_least=0, needs=DRIFT)
@@ -921,6 +924,8 @@ def contradictions(c):
         f'rotary positions turn coordinates in pairs: n_embd / n_head = {pair} must be even': c.has_rotary and pair % 2,
         f'published=True has no effect without {without}': without,
         f'heat_t_min={c.heat_t_min} must be below heat_t_max={c.heat_t_max}': c.heat_t_min >= c.heat_t_max,
+        f'diffusion_t_min={c.diffusion_t_min} must be below diffusion_t_max={c.diffusion_t_max}':
+            c.diffusion_t_min >= c.diffusion_t_max,
         f'parallel runs blocks in pairs: n_layer={c.n_layer} must be even': kind == 'parallel' and c.n_layer % 2,
         f'duo looks one token ahead: block_size={c.block_size} must be at least 2': kind == 'duo' and c.block_size < 2,
         f'drifting is measured by 3-grams: block_size={c.block_size} must be at least 3':

@@ -184,12 +184,14 @@ def repair_batch(tokens, rng, part=(0, 1), *, mask, penalty_keep_mask, penalty_m
     return X, Y, flag_weights(X, Y, mask, penalty_keep_mask, penalty_mask_correct)
 
 
-def nelbo_batch(tokens, rng, part=(0, 1), *, mask):
+def nelbo_batch(tokens, rng, part=(0, 1), *, mask, t_min=0.0, t_max=1.0):
     """tokens (B, T) -> X, Y, W (B, T): each token masked with probability t and weighted by 1/t, t stratified over all
-    sequences of the iteration. Sahoo et al., arXiv 2406.07524, equation 10."""
+    sequences of the iteration. Sahoo et al., arXiv 2406.07524, equation 10. With t from a narrower range, as in BD3-LM
+    (arXiv 2503.09573, section 5), the expected loss is no bound."""
     B, (i, n) = len(tokens), part[:2]
     numbers = torch.arange(i * B, i * B + B)[:, None]
-    t = LEAST_TIME + (1 - LEAST_TIME) * ((torch.rand(B, 1, generator=rng) + numbers) / (n * B)).frac()
+    least = max(t_min, LEAST_TIME)
+    t = least + (t_max - least) * ((torch.rand(B, 1, generator=rng) + numbers) / (n * B)).frac()
     masked = torch.rand(tokens.shape, generator=rng) < t
     return tokens.masked_fill(masked, mask), tokens, masked / t
 
@@ -205,13 +207,14 @@ def count_batch(tokens, rng, part=(0, 1), *, mask):
     return tokens.masked_fill(masked, mask), tokens, (masked * T / count).float()
 
 
-def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift, complement=False):
+def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift, complement=False, t_min=0.0, t_max=1.0):
     """
     tokens (B, T), or (B, T+1) with `shift` -> X (B, T - block + slots), the clean tokens and the noisy slots of
     `streams.Streams`; Y, W (B, T).
 
     In each block exactly l tokens are masked, l uniform on 1 to `block`, and weighted by block / l: `count_batch` block by
-    block. The l of all blocks of the iteration are spread evenly, and dealt to the blocks at random.
+    block. The l of all blocks of the iteration are spread evenly, and dealt to the blocks at random. With t_min and t_max
+    l is 1 + floor(block * t), t uniform between them.
 
     complement: each block has a second noisy copy after it, in which block + 1 - l tokens are masked, among them all that
     the first leaves; Y, W (B, 2T). So every token is predicted at each step. After Fast-dLLM v2 (arXiv 2509.26328), whose
@@ -223,7 +226,8 @@ def block_batch(tokens, rng, part=(0, 1), *, mask, block, shift, complement=Fals
     seed = part[2] if len(part) > 2 else int(torch.randint(2 ** 62, (1,), generator=rng))
     start = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     strata = permute(range(i * blocks, i * blocks + blocks), n * blocks, seed)
-    count = 1 + (block * (start + torch.from_numpy(strata) / (n * blocks)).frac()).floor().view(*shape[:2], 1)
+    t = t_min + (t_max - t_min) * (start + torch.from_numpy(strata) / (n * blocks)).frac()
+    count = 1 + (block * t).floor().view(*shape[:2], 1)
     order = random_order(shape, rng)
     masked, text = order < count, text.reshape(shape)
     if complement:
@@ -367,10 +371,11 @@ def diffusion(config):
     common = dict(summary=diffusion_summary, window=lambda block_size: block_size + context, val_metric='nelbo')
     if config.diffusion_objective in ('nelbo', 'drift'):
         targets = drifting.compute_token_drift_targets if config.diffusion_objective == 'drift' else None
-        noise = partial(nelbo_batch, mask=mask)
+        rates = dict(t_min=config.diffusion_t_min, t_max=config.diffusion_t_max)
+        noise = partial(nelbo_batch, mask=mask, **rates)
         if config.diffusion_block:
             count = partial(block_batch, mask=mask, block=config.diffusion_block, shift=config.diffusion_shift)
-            noise = partial(count, complement=config.diffusion_complement)
+            noise = partial(count, complement=config.diffusion_complement, **rates)
         return Objective(make_batch=noise, head_loss=without_mask(linear_cross_entropy),
                          loss=without_mask(cross_entropy), metrics=partial(diffusion_metrics, repair=False),
                          eval_batch=count, compute_targets=targets, **common)

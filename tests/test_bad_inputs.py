@@ -191,6 +191,8 @@ MISTAKES = {
         ('--model_type=drifting --encoder=run --dropout=0.1', 'dropout'),
         ('--model_type=rotating --n_embd=6', 'must be even'), ('--model_type=diffusion --diffusion_block=4', 'nelbo'),
         ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=5', 'divide'),
+        ('--model_type=diffusion --diffusion_t_min=0.3', 'nelbo'),
+        ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_t_min=0.9 --diffusion_t_max=0.8', 'must be below'),
         ('--device=cuda:99', '--device=cpu'),
         ('--device=warp', 'cpu, cuda, mps'), ('--num_epochs=1e308', 'at most'), ('--warmup_epochs=1e308', 'at most'),
         ('--n_embd=1000000000', 'not enough memory'),

@@ -201,22 +201,24 @@ def test_an_open_last_slot_is_seen_by_nobody_and_a_known_one_by_all():
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
+@pytest.mark.parametrize('rates, often', [({}, [0, 9, 9, 9, 9]), ({'t_min': 0.25, 't_max': 0.75}, [0, 0, 18, 18, 0])])
 @layouts
-def test_every_count_is_met_equally_often_over_the_micro_batches(shift):
-    """3 micro-batches of 4 rows of 3 blocks are 36 blocks of 4 tokens: 9 have one masked, 9 two, and so on."""
+def test_every_count_is_met_equally_often_over_the_micro_batches(shift, rates, often):
+    """3 micro-batches of 4 rows of 3 blocks are 36 blocks of 4 tokens: 9 have one masked, 9 two, and so on; rates between a
+    quarter and three quarters mask two or three."""
     counts, places = [], []
     for seed in range(200):
         here = []
         for i in range(3):
             _, _, W = block_batch(text(4, shift, seed=seed), torch.Generator().manual_seed(100 * seed + i), (i, 3, seed),
-                                  mask=V, block=4, shift=shift)
+                                  mask=V, block=4, shift=shift, **rates)
             masked = W.view(4, 3, 4) > 0
             count = masked.sum(-1)
             assert torch.equal(W.view(4, 3, 4)[masked], (4 / count)[..., None].expand(4, 3, 4)[masked])
             here.append(count)
         counts.append(torch.stack(here))
         places.append(counts[-1].double())
-    assert all(c.flatten().bincount(minlength=5).tolist() == [0, 9, 9, 9, 9] for c in counts)
+    assert all(c.flatten().bincount(minlength=5).tolist() == often for c in counts)
     assert (torch.stack(places).mean(0) - 2.5).abs().max() < 0.35  # no place has its own noise
 
 

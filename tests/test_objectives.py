@@ -169,15 +169,16 @@ def test_flags_are_scored_in_the_metrics():
 # ---------------------------------------------------------------------------------------------------------------------
 # the bound
 
-def test_times_are_stratified_over_all_micro_batches_of_an_iteration():
+@pytest.mark.parametrize('least, most', [(1e-3, 1.0), (0.3, 0.8)])
+def test_times_are_stratified_over_all_micro_batches_of_an_iteration(least, most):
     B, parts, T = 4, 3, 4000
-    strata = []
+    strata, rates = [], {} if most == 1 else {'t_min': least, 't_max': most}
     for i in range(parts):
-        X, Y, W = nelbo_batch(tokens(B, T), rng(i), (i, parts), mask=MASK)
+        X, Y, W = nelbo_batch(tokens(B, T), rng(i), (i, parts), mask=MASK, **rates)
         assert torch.equal((X == MASK), W > 0) and torch.equal(Y, tokens(B, T))
         t = 1 / W.max(1).values
         assert torch.allclose((X == MASK).float().mean(1), t, atol=0.05)
-        strata += ((t - 1e-3) / (1 - 1e-3) * B * parts).floor().int().tolist()
+        strata += ((t - least) / (most - least) * B * parts).floor().int().tolist()
     assert strata == list(range(B * parts))
 
 

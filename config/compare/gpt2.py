@@ -19,3 +19,4 @@ eval_interval = 500
 eval_iters = 80  # half of the validation split
 log_interval = 100
 compile = False  # would cost more time than it saves in a run this short
+dtype = 'float32'  # at this size bfloat16 is slower, also where the processor has it
