@@ -21,6 +21,8 @@ VARIANTS = {
     'duo': {'model_type': 'duo'},
     'diffusion': {'model_type': 'diffusion'},
     'diffusion nelbo': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo'},
+    'diffusion nelbo clipped': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_t_min': 0.3,
+                                'diffusion_t_max': 0.8},
     'diffusion blocks': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4},
     'diffusion blocks shifted': {'model_type': 'diffusion', 'diffusion_objective': 'nelbo', 'diffusion_block': 4,
                                  'diffusion_shift': True},
