@@ -846,20 +846,21 @@ def test_an_option_that_another_leaves_without_effect_is_rejected(idle):
 def test_an_option_of_another_type_is_rejected_by_name():
     other = {'heat_form': 'distance', 'heat_t': '1', 'rotating_head': 'gp', 'parallel_merge': 'add',
              'diffusion_objective': 'nelbo', 'positions': 'learned', 'encoder': 'elsewhere', 'drift_output': 'soft',
-             'drift_features': 'tokens', 'drift_temperatures': '0.3'}
+             'drift_features': 'tokens', 'drift_temperatures': '0.3', 'diffusion_t_min': 0.5}
     needed = {'drifting': {'encoder': 'somewhere'}}
     drift = {'diffusion_objective': 'drift', 'encoder': 'somewhere'}
     of_the_field = [f.name for f in fields(GPTConfig) if f.metadata['needs'].get('diffusion_objective') == 'drift']
     blocks = {'diffusion_objective': 'nelbo', 'diffusion_block': SIZES['block_size']}
     of_blocks = dict.fromkeys(('diffusion_block', 'diffusion_shift', 'diffusion_complement'), blocks)
-    together = {'diffusion': dict.fromkeys(of_the_field, drift) | of_blocks,
+    of_the_bound = dict.fromkeys(('diffusion_t_min', 'diffusion_t_max'), {'diffusion_objective': 'nelbo'})
+    together = {'diffusion': dict.fromkeys(of_the_field, drift) | of_blocks | of_the_bound,
                 'heat': {'heat_t_min': ADAPTIVE, 'heat_t_max': ADAPTIVE, 'published': ADAPTIVE}}
     assert len(of_the_field) == 5
     for f in fields(GPTConfig):
         if not f.metadata['types']:
             continue
         name, default = f.name, f.default
-        value = other[name] if isinstance(default, str) else not default if isinstance(default, bool) else default / 2 or 1
+        value = other[name] if name in other else not default if isinstance(default, bool) else default / 2 or 1
         for model_type in TYPES:
             given = SIZES | needed.get(model_type, {}) | {'model_type': model_type, name: value}
             if model_type in f.metadata['types']:
