@@ -35,7 +35,7 @@ from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, configure, mistake, option, run
-from nanodrift.refinement import RefineConfig
+from nanodrift.refinement import RefineConfig, check_defined
 from nanodrift.tokenizer import encode_prompt
 from sample import ONE_STEP, SampleConfig, generate_at_once, open_model, unread
 
@@ -207,6 +207,7 @@ def repair(side, text, refine_config, values, answer):
     ids = side.tokenizer.encode(text)
     if not ids:
         raise UserError('there is no text to repair')
+    check_defined(refine_config, side.model)
     repairs = (rewrite(side.model, torch.tensor(ids), refine_config, values['seed']) for _ in range(1))
     (repaired, flagged, tally), = side.computed(repairs, answer)
     answer.changes = list(player.changes(side.tokenizer, ids, repaired, flagged.tolist()))
@@ -317,7 +318,7 @@ def build_page(gradio, sides):
 
 def main(argv):
     config, _ = configure(argv, PlayConfig, description=__doc__)
-    device = pick_device(config.device)
+    device = pick_device(config.device, float64=True)  # which refinement draws in
     sides = [Side(name, config, device) for name in config.out_dir.split(',')]
     gradio = import_gradio()
     theme = gradio.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])  # none to load

@@ -168,8 +168,10 @@ def training_sample(stream):
 # the data set on disk
 
 @contextlib.contextmanager
-def temporary_folder(data_dir, name):
-    """A hidden folder next to the data set, removed at the end, whatever happens."""
+def temporary_folder(folder):
+    """A hidden folder next to the data set's, removed at the end, whatever happens. Where the data set's folder is a link it
+    lies next to the folder itself, since files can be renamed on one disk only."""
+    data_dir, name = os.path.split(os.path.realpath(folder))
     prefix = f'.{name}.tmp-'
     os.makedirs(data_dir, exist_ok=True)
     for left in glob.glob(os.path.join(glob.escape(data_dir), glob.escape(prefix) + '*')):
@@ -187,11 +189,18 @@ def publish(temporary, folder):
     """Moves a finished data set into place. Without meta.json, which goes first and comes last, it counts as
     incomplete, so that no reader sees old and new files together. Signals are held off meanwhile."""
     os.makedirs(folder, exist_ok=True)
+    meta, old = os.path.join(folder, 'meta.json'), os.path.join(temporary, 'old.json')
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, 'meta.json'))
-        for file in ('train.bin', 'val.bin', 'meta.json'):
+            os.replace(meta, old)
+        try:
+            os.replace(os.path.join(temporary, 'train.bin'), os.path.join(folder, 'train.bin'))
+        except OSError:  # Windows keeps a file that a training run reads; the old data set is still whole
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(old, meta)
+            raise
+        for file in ('val.bin', 'meta.json'):
             os.replace(os.path.join(temporary, file), os.path.join(folder, file))
     finally:
         for number, handler in handlers.items():
@@ -251,7 +260,7 @@ def prepare(cfg, dataset, name):
     tokenizer = tokenizer_from_spec(cfg.tokenizer, (text for _, text, _ in stream()),
                                     training_sample(stream()))
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
-    with temporary_folder(cfg.data_dir, name) as temporary:
+    with temporary_folder(folder) as temporary:
         splits = write_splits(temporary, stream(), tokenizer, dtype, cfg.num_proc or os.cpu_count(), source.size)
         meta = {'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
                 'tokenizer': tokenizer.to_meta(), 'splits': splits, 'source': source.about,

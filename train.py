@@ -157,6 +157,8 @@ class Trainer:
             self._tell_what_changes(resumed)
         self.network = self._wrap(self.model)
         self._begin(late=ranks.device.type == 'cuda')
+        if ranks.first and config.overwrite and resumed is None and not config.eval_only:
+            checkpoint.remove_run(config.out_dir)  # not before all that can be a mistake has been checked
         self.log = RunLog(self, self.log_bytes) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
@@ -710,11 +712,9 @@ def check_folder(config, model_config, resumed):
     for name, folder in (('init_from', config.init_from), ('encoder', model_config.encoder)):
         if os.path.realpath(folder) == os.path.realpath(config.out_dir):
             raise UserError(f'out_dir={config.out_dir} is {name} too, which would be overwritten: name another --out_dir')
-    if resumed is None and not config.eval_only and checkpoint.holds_run(config.out_dir):
-        if not config.overwrite:
-            raise UserError(f'{config.out_dir} holds a run: --init_from=resume goes on with it, another --out_dir keeps it, '
-                            '--overwrite=True removes it')
-        checkpoint.remove_run(config.out_dir)
+    if resumed is None and not config.eval_only and not config.overwrite and checkpoint.holds_run(config.out_dir):
+        raise UserError(f'{config.out_dir} holds a run: --init_from=resume goes on with it, another --out_dir keeps it, '
+                        '--overwrite=True removes it')
 
 
 def train(config, model_config, resumed=None):

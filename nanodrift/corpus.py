@@ -11,6 +11,7 @@ import csv
 import glob
 import gzip
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -205,15 +206,18 @@ def read_json(path, key):
 
 def read_csv(path, key):
     """Yields the text of each row of a comma-separated file with a header; tabs in a .tsv."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # what a C long holds on every system
     with open_file(path) as f:
         text = io.TextIOWrapper(f, 'utf-8-sig', newline='')
-        rows = csv.DictReader(text, delimiter='\t' if ending(path) == '.tsv' else ',')
+        rows = csv.DictReader(text, delimiter='\t' if ending(path) == '.tsv' else ',', strict=True)
         try:
             if key not in (rows.fieldnames or ()):
                 raise UserError(f'{path} has no column {key!r}; --text_key=NAME picks one of: '
                                 f'{", ".join(rows.fieldnames or ())}')
             for row in rows:
+                if None in row:
+                    raise UserError(f'{path}, line {rows.line_num}: more cells than the header has; text that holds the '
+                                    'separator must stand in double quotes')
                 yield row[key]
         except (UnicodeDecodeError, csv.Error) as e:
             raise UserError(f'{path}, line {rows.line_num + 1}: {e}') from None
@@ -368,6 +372,8 @@ def hub_is_reachable():
     try:
         url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
         urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=5).close()
+    except (ValueError, http.client.HTTPException):  # HF_ENDPOINT without https://, a reply that is none
+        return False
     except OSError as e:    # an HTTP error or a certificate that we cannot check is a reply too
         return isinstance(e, urllib.error.HTTPError) or isinstance(getattr(e, 'reason', None), ssl.SSLError)
     return True

@@ -78,8 +78,9 @@ def read_tokenizer(name, vocab_size):
         model = content.get('model') or {}
         added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
         vocab, merges = model.get('vocab'), [' '.join(m) if isinstance(m, list) else m for m in model.get('merges') or []]
-        before = json.dumps(content.get('pre_tokenizer'))
-        usual = content.get('normalizer') is None and '"ByteLevel"' in before and '"add_prefix_space": true' not in before
+        before = content.get('pre_tokenizer') or {}
+        usual = (before.get('type') == 'ByteLevel' and before.get('use_regex', True) and not before.get('add_prefix_space')
+                 and content.get('normalizer') is None and not model.get('ignore_merges'))
     elif (path := _fetch(name, 'vocab.json', optional=True)) and (merges := _fetch(name, 'merges.txt', optional=True)):
         vocab, added, usual = _read_json(path), {}, True
         with open(merges, encoding='utf-8') as f:
@@ -89,8 +90,8 @@ def read_tokenizer(name, vocab_size):
         return gpt2 if vocab_size == gpt2.vocab_size else None
     tokens = ordinary_tokens(vocab, merges, added) if usual else None
     if tokens is None:
-        raise UserError(f'{path} is not a tokenizer of the form that GPT-2 has (byte-level BPE, end-of-text behind the ids '
-                        'of text), and no other can be used here')
+        raise UserError(f'{path} is not a tokenizer of the form that GPT-2 has (byte-level BPE over its pre-tokens, '
+                        'end-of-text behind the ids of text), and no other can be used here')
     gpt2 = tokenizer_from_spec('gpt2')
     return gpt2 if tokens == gpt2.tokens[:-1] else BPETokenizer(f'bpe:{len(tokens) + 1}', tokens)
 

@@ -12,6 +12,7 @@ Text to ids and back. Four tokenizers, one interface: `gpt2`, `byte`, `char` and
 """
 import contextlib
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import os
@@ -143,7 +144,11 @@ class BPETokenizer(Tokenizer):
                                           special_tokens={EOT_TEXT: self.eot})
 
     def encode_to_numpy(self, text):
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            raise UserError('the text has more white space in one piece than the pattern of pre-tokens can be matched on, '
+                            'about a million characters: shorten it, or use --tokenizer=byte') from None
 
     def safe_cut(self, text, start=0):
         """See `Tokenizer.safe_cut`."""
@@ -206,9 +211,12 @@ def packaged_files(package, suffix):
 
 
 def download(url, timeout=10):
-    """The bytes at `url`. Raises OSError (URLError is one) within seconds where there is no network."""
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        return response.read()
+    """The bytes at `url`. Raises OSError (URLError is one) within seconds where there is no network, or where it breaks."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            return response.read()
+    except http.client.HTTPException as e:
+        raise OSError(f'{url} was cut short: {e!r}') from None
 
 
 def write_atomically(path, data):

@@ -49,6 +49,17 @@ def test_a_folder_that_holds_a_run_is_kept_unless_told(command_line, settings):
     assert metrics(out_dir)[0]['iter'] == 0
 
 
+@pytest.mark.parametrize('mistake', [{'dataset': 'typo'}, {'block_size': 10**6}, {'gradient_accumulation_steps': 4,
+                                      'model_type': 'drifting', 'encoder': 'nowhere'}])
+def test_overwriting_waits_until_the_new_run_can_begin(command_line, settings, mistake):
+    out_dir = settings()['out_dir']
+    assert start(command_line) == 0
+    before = contents(out_dir)
+    with pytest.raises(UserError):
+        start(command_line, overwrite=True, **mistake)
+    assert contents(out_dir) == before
+
+
 def test_auto_starts_then_resumes(command_line, settings):
     straight = settings(out_dir='straight')['out_dir']
     assert start(command_line, out_dir='straight', max_iters=6) == 0

@@ -286,6 +286,9 @@ def test_added_ids_are_neither_drawn_nor_counted(tmp_path):
 
 @pytest.mark.parametrize('change', [
     lambda c: c['model'].update(type='Unigram', vocab=[['a', 0.0]]), lambda c: c.update(pre_tokenizer={'type': 'Split'}),
+    lambda c: c['pre_tokenizer'].update(use_regex=False), lambda c: c['pre_tokenizer'].update(add_prefix_space=True),
+    lambda c: c.update(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, c['pre_tokenizer']]}),
+    lambda c: c['model'].update(ignore_merges=True), lambda c: c.update(normalizer={'type': 'Lowercase'}),
     lambda c: c['model']['merges'].reverse(), lambda c: c['added_tokens'][0].update(id=0), lambda c: c.update(model=None)])
 def test_a_tokenizer_of_another_form_is_refused(tmp_path, change):
     name = with_tokenizer(tmp_path, 280, OTHER_TOKENS)

@@ -54,7 +54,7 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
     a, b = load(one.out_dir), load(str(tmp_path / 'two'))
     assert list(a['model']) == list(b['model'])  # no prefixes
-    # sharding adds up gradients in another order, and so do the ranks of a field: Adam makes that large where they are near 0
+    # sharding adds up gradients in another order, and so do ranks a field: Adam makes that large where they are near 0
     band = 1e-4 if more or model_type in ('drifting', 'token drift') else 1e-6
     for weights in ('model', 'ema'):
         assert_near(a[weights], b[weights], band)

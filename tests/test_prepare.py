@@ -10,6 +10,7 @@ import signal
 import string
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import zipfile
@@ -460,6 +461,7 @@ def bad_input(tmp_path, name):
              'utf16.txt': 'text'.encode('utf-16'), 'le.txt': ('text' * 99).encode('utf-16-le'),
              'be.txt': ('text' * 99).encode('utf-16-be'), 'packed.txt': gzip.compress(b'text'),
              'torn.txt.gz': gzip.compress(b'text' * 999)[:30], 'head.csv': 'a,b\n1,2\n', 'bad.json': '[{"text": "a"}',
+             'cells.csv': 'id,text\n1,"a, b"\n2,Hello, world\n', 'quote.tsv': 'text\tn\n"Yes," she said\t1\n',
              'rows.json': '[{"text": "a"}, {"body": "b"}]', 'fifo': None,
              'surrogate.jsonl': '{"text": "\\ud800"}', 'empty.jsonl': '', 'text.parquet': 'not a parquet file',
              'good.txt': 'some text\n' * 100}
@@ -486,6 +488,7 @@ BAD_INPUTS = {
     'surrogate.jsonl': 'empty', 'utf16.txt': 'iconv -f utf-16 -t', 'le.txt': 'iconv -f utf-16le',
     'be.txt': 'iconv -f utf-16be',
     'packed.txt': 'gunzip', 'torn.txt.gz': 'cannot be unpacked', 'head.csv': 'picks one of: a, b', 'bad.json': 'is not JSON',
+    'cells.csv': 'cells.csv, line 3: more cells than the header', 'quote.tsv': 'quote.tsv, line 2',
     'rows.json': 'row 2: no text', 'fifo': 'cannot be read twice',
     'empty.jsonl': 'empty', 'text.parquet': 'not a readable parquet', 'column.parquet': 'one of: story',
     'number.parquet': "no text column 'text'", 'folder': 'no UTF-8 text file'}
@@ -617,7 +620,7 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
         splits = {split: {'tokens': len(ids) // 2, 'bytes': 1} for split in ('train', 'val')}
         write(folder / 'meta.json', json.dumps({'dtype': 'uint16', 'vocab_size': 300, 'eot': 299, 'tokenizer': {},
                                                 'splits': splits}))
-    for steps in range(4):
+    for steps in range(5):
         old, new = tmp_path / f'old{steps}', tmp_path / f'new{steps}'
         build(old, [0, 0]), build(new, [1, 1])
         done = []
@@ -628,17 +631,48 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
             done.append(replace(*args))
         with monkeypatch.context() as patch:
             patch.setattr(os, 'replace', killed)
-            if steps < 3:
+            if steps < 4:
                 with pytest.raises(KeyboardInterrupt):
                     prepare.publish(new, old)
             else:
                 prepare.publish(new, old)
-        if steps < 3:
+        if 0 < steps < 4:
             with pytest.raises(UserError, match='incomplete'):
                 load_meta(old)
         else:
             load_meta(old)
-            assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([1, 1])
+            assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([steps // 4] * 2)
+
+
+def test_a_file_that_cannot_be_replaced_leaves_the_old_data_set_whole(cli, tmp_path, monkeypatch):
+    """Windows refuses while a training run reads train.bin."""
+    assert cli.run(f'--input={write(tmp_path / "a.txt", "old text " * 99)}', '--name=x', '--tokenizer=byte').code == 0
+    before = snapshot(cli.work)
+
+    def refused(source, target, replace=os.replace):
+        if os.path.basename(target) == 'train.bin':
+            raise PermissionError(13, 'Permission denied', source, None, target)
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', refused)
+    with pytest.raises(UserError, match='Permission denied'):
+        prepare.main([f'--input={write(tmp_path / "b.txt", "new text " * 99)}', '--name=x', '--tokenizer=byte',
+                      f'--data_dir={cli.work}/data'])
+    assert snapshot(cli.work) == before
+
+
+@pytest.mark.skipif(not os.path.isdir('/dev/shm') or os.name == 'nt', reason='needs a second file system')
+def test_a_data_set_may_be_a_link_to_another_disk(cli, tmp_path):
+    with tempfile.TemporaryDirectory(dir='/dev/shm') as disk:
+        os.makedirs(cli.work / 'data')
+        os.symlink(disk, cli.work / 'data' / 'x_byte')
+        for text in ('old text ', 'new text '):
+            made = cli.run(f'--input={write(tmp_path / "a.txt", text * 99)}', '--name=x', '--tokenizer=byte')
+            assert made.code == 0, made.err
+            load_meta(cli.work / 'data' / 'x_byte')
+            with open(f'{disk}/train.bin', 'rb') as f:
+                assert text.encode() in f.read()[::2]
+        assert os.path.islink(cli.work / 'data' / 'x_byte')
+        assert sorted(os.listdir(disk)) == ['meta.json', 'train.bin', 'val.bin']
 
 
 # -----------------------------------------------------------------------------

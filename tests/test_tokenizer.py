@@ -1,3 +1,5 @@
+import http.client
+import io
 import json
 import os
 import random
@@ -9,7 +11,7 @@ import tiktoken
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanodrift import tokenizer as module
 from nanodrift.options import UserError
-from nanodrift.tokenizer import EOT_TEXT, last_safe_cut, tokenizer_from_meta, tokenizer_from_spec
+from nanodrift.tokenizer import EOT_TEXT, last_safe_cut, tokenizer_from_meta, tokenizer_from_spec, train_bpe
 
 SPECS = ('gpt2', 'byte', 'char', 'bpe:300')
 HOSTILE = ['', ' ', '\n', '\r\n', 'a\r\n\r\n b', '\0', 'naïve café', '🙂👩‍👩‍👧 ok', '中文 テスト', "I'll you've it's 'tis",
@@ -183,6 +185,20 @@ def test_gpt2_is_downloaded_once_and_checked(no_gpt2_files, monkeypatch, tmp_pat
     assert tokenizer_from_spec('gpt2').vocab_size == 50257
     assert os.listdir(tmp_path / 'cache') == ['6d1cbeee0f20b3d9449abfede4726ed8212e3aee']
     assert tokenizer_from_spec('gpt2').encode('Hello') == [15496]       # from the cache: no answer is left
+
+
+def test_a_download_that_breaks_is_an_oserror(monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self):
+            raise http.client.IncompleteRead(b'half')
+    monkeypatch.setattr(module.urllib.request, 'urlopen', lambda *_, **__: Broken())
+    with pytest.raises(OSError, match='cut short'):
+        module.download('https://example.org')
+
+
+def test_white_space_without_an_end_is_a_mistake_of_the_user():
+    with pytest.raises(UserError, match='white space'):
+        train_bpe(258, ['abcabc']).encode('x' + ' ' * 1_500_000 + 'a')
 
 
 def test_gpt2_ignores_a_damaged_cache(no_gpt2_files, monkeypatch, tmp_path):
