@@ -27,7 +27,7 @@ import torch
 import evaluate
 from model import TYPES, GPTConfig
 from nanodrift import checkpoint, costs, report, tuning
-from nanodrift.data import Stream, Windows, derive_seed, load_meta
+from nanodrift.data import Stream, Windows, derive_seed, load_meta, text_hashes
 from nanodrift.jobs import call_all, threads_of_each
 from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
@@ -412,26 +412,26 @@ def identity_of(folder):
     return {key: state[key] for key in ('run_id', 'iter_num')}
 
 
-def evaluate_run(config, planned, others):
-    """{name: number} of one run on validation text and of its samples; some texts. Kept in the run's evaluation.json. No
-    more text is evaluated than a run trains on. `others`, of real text and n-gram models, are the same for all runs: the
-    first one that needs them fills them in."""
+def evaluate_run(config, planned, tokens, others):
+    """{name: number} of one run on at most so many `tokens` of validation text, and of its samples; some texts. Kept in the
+    run's evaluation.json. `others`, of real text and n-gram models, are the same for all runs: the first one that needs
+    them fills them in."""
     folder, started = planned.folder, time.perf_counter()
     path, judge = os.path.join(folder, 'evaluation.json'), os.path.join(config.runs, JUDGE)
-    meta, tokens = load_meta(config.data), iterations(config, planned) * planned.tokens_per_iter
+    meta, device = load_meta(config.data), pick_device(config.device)
+    dtype = pick_dtype(planned.settings['dtype'], device)
     windows = 0 if tokens >= meta['splits']['val']['tokens'] else max(1, tokens // planned.model_config.block_size)
     asked = {'samples': config.samples, 'length': config.length, 'checkpoint': identity_of(folder), 'windows': windows,
-             'judge': identity_of(judge) if config.samples else None, 'text': meta['splits']['val']['text_sha256']}
+             'judge': identity_of(judge) if config.samples else None, 'text': text_hashes(meta), 'dtype': dtype}
     known = read_object(path)
     if known.get('asked') == asked:
         return known
     c = evaluate.EvalConfig(device=config.device, num_samples=max(config.samples, 2 * FOLDS), length=config.length,
                             windows=windows)
-    draw_config, alone = evaluate.DrawConfig(), Ranks(device=pick_device(config.device))
+    draw_config, alone = evaluate.DrawConfig(), Ranks(device=device)
     entry = evaluate.load(c, folder, alone.device)
     print(f'{planned.name}: validation text', end='', flush=True)
-    likelihood = evaluate.likelihood(c, entry, alone, pick_dtype('auto', alone.device))
-    evaluation = {'asked': asked, 'likelihood': likelihood, 'quality': {}}
+    evaluation = {'asked': asked, 'likelihood': evaluate.likelihood(c, entry, alone, dtype), 'quality': {}}
     if config.samples:
         print(f', {config.samples} samples', end='', flush=True)
         judge = evaluate.load(c, judge, alone.device)
@@ -464,11 +464,13 @@ def main(argv):
     trained, tuned, attempts, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
     variants, helpers, others = {}, [], {}
+    # of validation text: no more than the shortest run trained on, and the same for all, or they could not be compared
+    tokens = min(iterations(config, planned) * planned.tokens_per_iter for planned in runs if not planned.helps)
     for planned, run_ in trained:
         if planned.helps:
             helpers.append(run_)
         else:
-            evaluation = evaluate_run(config, planned, others)
+            evaluation = evaluate_run(config, planned, tokens, others)
             variants.setdefault(planned.variant, []).append(run_ | {'evaluation': evaluation})
     budget = f'{config.seconds:g} seconds' if config.seconds else f'{config.tokens:,.0f} tokens'
     facts = {'command': shlex.join(['python', 'compare.py', *argv]), 'data set': config.dataset, 'seeds': config.seeds,

@@ -189,7 +189,8 @@ def draw_samples(entry, config, draw_config, first_tokens, ranks):
             *_, step = model.refine(canvas, draw_config, seed)
             batches[number] = step.ids.cpu(), float(step.passes.sum())
         elif model.config.model_type == 'drifting':
-            batches[number] = model.generate_at_once(len(first), seed=seed)[:, :config.length].cpu(), len(first)
+            ids = model.generate_at_once(len(first), draw_config.temperature, seed)
+            batches[number] = ids[:, :config.length].cpu(), len(first)
         else:
             columns = model.generate(first, config.length - 1, draw_config.temperature,
                                      draw_config.top_k or None, draw_config.top_p, seed)
@@ -231,7 +232,8 @@ def check_judge(config, judge, entries):
     if not judge.model.config.causal:
         raise UserError(f'{judge.name} cannot judge: its type is not causal')
     for entry in entries:
-        if entry.model.config.block_size < config.length and not entry.model.config.causal:
+        writes_on = entry.model.config.causal or entry.model.config.diffusion_block
+        if entry.model.config.block_size < config.length and not writes_on:
             raise UserError(f'{entry.name} writes {entry.model.config.block_size} tokens at most: lower --length')
         if data_of(config, entry)[1]['splits'] != data_of(config, entries[0])[1]['splits']:
             raise UserError(f'{entry.name} and {entries[0].name} were trained on different text: name one with --data')

@@ -162,10 +162,13 @@ def settled(ids, c):
     return first - first % c.diffusion_block + c.diffusion_shift
 
 
-def all_ended(ids, c, given, eot):
+def all_ended(ids, c, refine_config, given, eot):
     """Whether all samples (B, T) of a model with diffusion_block have an end-of-text, `eot`, behind the given tokens that no
     step takes back."""
-    return eot is not None and bool(c.diffusion_block and (ids[:, given:settled(ids, c)] == eot).any(1).all())
+    if eot is None or not c.diffusion_block:
+        return False
+    in_work = c.diffusion_block if REMASKS[refine_config.remask].compensated else 0  # a full block may be opened again
+    return bool((ids[:, given:max(given, settled(ids, c) - in_work)] == eot).any(1).all())
 
 
 def ends(canvas, config, tokenizer, c):
@@ -221,28 +224,24 @@ def generate(model, tokenizer, canvas, config, refine_config, console):
     plays = config.animate or config.html
     grows = c.diffusion_block and config.num_samples == 1 and not plays and not REMASKS[refine_config.remask].compensated
     for first in range(0, config.num_samples, SAMPLES_AT_ONCE):
-        count, recorded = min(SAMPLES_AT_ONCE, config.num_samples - first), []
+        count, recorder = min(SAMPLES_AT_ONCE, config.num_samples - first), player.Recorder()
         steps = tally.refine(model, canvas, count, refine_config, derive_seed(config.seed, first),
-                             ended=partial(all_ended, c=c, given=given, eot=eot))
+                             ended=partial(all_ended, c=c, refine_config=refine_config, given=given, eot=eot))
         if grows:
             stream('', tokenizer, ([ids] for ids in finished_tokens(steps, c, lead, given, eot)))
             continue
         for last in steps:
             if plays and first == 0:
-                recorded.append(first_row(last))
+                recorder.add(last)
         totals = [sum(pair) for pair in itertools.zip_longest(totals, tally.committed, fillvalue=0)]
-        if recorded:
-            show(player.Recording.of(recorded, tokenizer, c.vocab_size), config, console)
+        if plays and first == 0:
+            show(recorder.recording(tokenizer, c.vocab_size), config, console)
         for row in last.ids.tolist():
             text = tokenizer.decode(up_to_end(row, given, eot)[lead:])
             print(text, *['---------------'] * (config.num_samples > 1), sep='\n', flush=True)
     if refine_config.strategy == 'naive':
         print(f'committed in each step, over all samples: {", ".join(map(str, totals))}', file=sys.stderr)
     return tally
-
-
-def first_row(step):
-    return Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes)))
 
 
 def show(recording, config, console):

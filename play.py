@@ -23,7 +23,6 @@ from generate_diffusion import (
     check_flagging,
     check_repairs,
     ends,
-    first_row,
     prompt_canvas,
     rewrite,
     template_canvas,
@@ -43,7 +42,6 @@ GRADIO = 'gradio==6.31.0'
 CONTINUE, GAPS, REPAIR = TASKS = 'continue', 'fill gaps', 'repair'
 MOST_PROBABLE = 5  # tokens that are shown together with the drawn one
 SECONDS_PER_UPDATE = 0.1  # at least, between two updates of the page
-MOST_CELLS = 300_000  # steps x positions of a refinement that a browser plays without effort
 
 
 @dataclass
@@ -173,20 +171,17 @@ def write_by_refinement(side, task, text, values, answer):
         canvas = prompt_canvas(text, config.max_new_tokens, tokenizer, c)
     answer.notes.append(unseen(canvas, c))
     given, lead, eot = ends(canvas, config, tokenizer, c)
-    recorded = []
+    recorder, first = player.Recorder(), None
     steps = Tally().refine(model, canvas, 1, refine_config, derive_seed(config.seed, 0),
-                           ended=lambda ids: all_ended(ids, c, given, eot))
-    for step in map(first_row, side.computed(steps, answer)):
-        if len(recorded) * len(canvas) < MOST_CELLS:
-            recorded.append(step)
-        answer.tokens = shown(recorded[0], step, tokenizer, c.vocab_size)[lead:]
+                           ended=lambda ids: all_ended(ids, c, refine_config, given, eot))
+    for step in side.computed(steps, answer):
+        first = first or step
+        recorder.add(step)
+        answer.tokens = shown(first, step, tokenizer, c.vocab_size)[lead:]
         answer.passes, answer.count = int(step.passes[0]), int((step.ids != canvas).sum())
         yield
     answer.tokens = answer.tokens[:len(up_to_end(step.ids[0].tolist(), given, eot)) - lead]
-    if recorded[-1] is step:
-        answer.recording = player.Recording.of(recorded, tokenizer, c.vocab_size)
-    else:
-        answer.notes.append('these are too many steps to be played here: generate_diffusion.py --html=FILE plays them')
+    answer.recording = recorder.recording(tokenizer, c.vocab_size)
 
 
 def shown(first, step, tokenizer, mask):

@@ -27,10 +27,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, load_encoder, with_weights
 from nanodrift import checkpoint, huggingface, sharding
-from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta
+from nanodrift.data import ORDERS, Stream, Windows, ahead, derive_seed, load_meta, text_hashes
 from nanodrift.machine import DTYPES, STOPPING, autocast, compiler_works, pick_dtype, read_later, setup_ranks
 from nanodrift.metrics import Interrupted, over_windows
-from nanodrift.options import UserError, build, check_options, from_stored, mistake, option, read_values, run
+from nanodrift.options import (
+    UserError,
+    build,
+    check_options,
+    from_stored,
+    mistake,
+    option,
+    read_config_file,
+    read_values,
+    run,
+)
 from nanodrift.runlog import RunLog, tell
 
 DIVERGED = 3  # the exit code of a run that diverged
@@ -120,9 +130,10 @@ class Trainer:
 
     def __init__(self, config, model_config, ranks, resumed=None, objective=None, experiment=None):
         self.config, self.ranks, self.experiment = config, ranks, experiment
-        if config.gradient_accumulation_steps % ranks.world_size:
-            raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} is shared by all ranks '
-                            f'and must be a multiple of their number: --gradient_accumulation_steps={ranks.world_size}')
+        steps, number = config.gradient_accumulation_steps, ranks.world_size
+        if steps % number:
+            raise UserError(f'gradient_accumulation_steps={steps} is shared by all ranks and must be a multiple of their '
+                            f'number: --gradient_accumulation_steps={-(-steps // number) * number}')
         self.dtype = pick_dtype(config.dtype, ranks.device)
         self.sharded = config.sharding == 'fsdp' and ranks.world_size > 1
         self.iter_num, self.best_val_loss, self.log_bytes = 0, math.inf, 0
@@ -134,8 +145,6 @@ class Trainer:
             raise UserError(f'the ranks find different data in data_dir={config.data_dir}: copy one prepared folder to all '
                             'machines, or share it')
         torch.manual_seed(derive_seed(config.seed, ranks.rank))
-        if ranks.device.type == 'cuda':
-            torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
         self.model = self._build_model(model_config, resumed)
         if self.sharded:
             sharding.shard(self.model, ranks.device, ranks.world_size)
@@ -330,6 +339,8 @@ class Trainer:
         if keep and val[metric] < self.best_val_loss:
             self.best_val_loss = val[metric]
             self.save('best', 'last')
+        elif keep and self.iter_num == self.schedule.max_iters:
+            self.save('last')  # which knows of this evaluation's line, so that a longer run keeps it
 
     def evaluate(self, split):
         """{name: value} of the objective's metrics over fixed windows of a split."""
@@ -577,15 +588,14 @@ class Schedule:
 
     def __init__(self, config, windows, examples_per_iter, iter_num=0, examples_seen=0):
         self.config = config
-        iters_per_epoch = windows / examples_per_iter
         self.max_iters = config.max_iters
         if config.num_epochs and examples_seen == iter_num * examples_per_iter:
-            self.max_iters = math.ceil(config.num_epochs * iters_per_epoch)
+            self.max_iters = math.ceil(config.num_epochs * windows / examples_per_iter)
         elif config.num_epochs:
             left = config.num_epochs * windows - examples_seen
             self.max_iters = iter_num + max(0, math.ceil(left / examples_per_iter))
         self.warmup = config.warmup_iters or round(config.warmup_ratio * self.max_iters) or \
-            round(config.warmup_epochs * iters_per_epoch)
+            round(config.warmup_epochs * windows / examples_per_iter)
         self.end = config.lr_decay_iters or self.max_iters
         if config.decay_lr and self.warmup > self.end:
             raise UserError(f'warmup of {self.warmup} iterations is longer than the schedule of {self.end}')
@@ -662,11 +672,6 @@ def check_tokenizer(what_fails, state, meta):
                         f"data set has {meta['tokenizer']['name']} or another vocabulary of that name")
 
 
-def text_hashes(meta):
-    """{split: hash of its text} of a data set."""
-    return {split: counts.get('text_sha256') for split, counts in meta['splits'].items()}
-
-
 def check_same_data(state, config, meta):
     """Raises UserError where a run would go on with another text than it was trained on."""
     before = state['config']
@@ -691,13 +696,14 @@ def check_same_model(state, model_config, meta):
 def read_settings(argv):
     """-> TrainConfig, GPTConfig, checkpoint to resume or None. A resumed run keeps its stored settings; settings given now,
     in a file or on the command line, override them. Of max_iters and num_epochs the one that is given last counts."""
-    values, _ = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
+    values, files = read_values(argv, TrainConfig, GPTConfig, description=__doc__)
     last = [key for key in values if key in ('max_iters', 'num_epochs')][-1:]
     if last == ['max_iters']:
         values['num_epochs'] = 0.0
     out_dir, state = values.get('out_dir', TrainConfig.out_dir), None
     if values.get('init_from') == 'auto':
-        values['init_from'] = 'resume' if checkpoint.holds_run(out_dir) else 'scratch'
+        sources = [source for file in files if (source := read_config_file(file).get('init_from', 'auto')) != 'auto']
+        values['init_from'] = 'resume' if checkpoint.holds_run(out_dir) else ['scratch', *sources][-1]
     if values.get('init_from') == 'resume':
         state = checkpoint.load_last(out_dir)
         if state.get('experiment'):
@@ -708,10 +714,15 @@ def read_settings(argv):
 
 
 def check_folder(config, model_config, resumed):
-    """Raises UserError where a new run would destroy one: that in its own folder, its encoder, or its source of weights."""
-    for name, folder in (('init_from', config.init_from), ('encoder', model_config.encoder)):
-        if os.path.realpath(folder) == os.path.realpath(config.out_dir):
+    """Raises UserError where a new run would destroy one: that in its own folder, its encoder, or its source of weights; or
+    an exported model."""
+    start = '' if config.init_from in ('scratch', 'resume') else config.init_from
+    for name, folder in (('init_from', start), ('encoder', model_config.encoder)):
+        if folder and os.path.realpath(folder.removeprefix('hf:')) == os.path.realpath(config.out_dir):
             raise UserError(f'out_dir={config.out_dir} is {name} too, which would be overwritten: name another --out_dir')
+    if resumed is None and not config.eval_only and huggingface.holds_weights(config.out_dir):
+        raise UserError(f"{config.out_dir} holds a model in Hugging Face's format: name another --out_dir; "
+                        f'--init_from=hf:{config.out_dir} starts from its weights')
     if resumed is None and not config.eval_only and not config.overwrite and checkpoint.holds_run(config.out_dir):
         raise UserError(f'{config.out_dir} holds a run: --init_from=resume goes on with it, another --out_dir keeps it, '
                         '--overwrite=True removes it')

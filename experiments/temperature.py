@@ -47,7 +47,8 @@ def slopes(logits, targets, beta):
     mean = (p * logits).sum(-1)
     first = mean - logits.gather(1, targets[:, None]).squeeze(1)
     second = (p * (logits - mean[:, None]).square()).sum(-1)
-    return {'first': Mean(first.double().sum(), counted.sum()), 'second': Mean(second.double().sum(), counted.sum())}
+    count = counted.sum().cpu()
+    return {'first': Mean(first.cpu().double().sum(), count), 'second': Mean(second.cpu().double().sum(), count)}
 
 
 @torch.no_grad()

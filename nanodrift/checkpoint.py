@@ -17,7 +17,7 @@ import zipfile
 
 import torch
 
-from nanodrift.options import UserError, one_of
+from nanodrift.options import UserError, mistake, one_of
 
 try:
     import fcntl
@@ -87,6 +87,7 @@ def lock(out_dir):
     path = os.path.join(out_dir, '.lock')
     try:
         os.makedirs(out_dir, exist_ok=True)
+        made = not os.path.exists(path)
         f = open(path, 'a', encoding='utf-8')
     except OSError as e:
         raise UserError(f'cannot write to out_dir={out_dir}: {e.strerror}') from None
@@ -102,8 +103,9 @@ def lock(out_dir):
             yield
         finally:
             with contextlib.suppress(OSError):  # somebody may have removed the folder; Windows keeps open files
-                if os.listdir(out_dir) == ['.lock']:  # nothing came of it: a mistake leaves no folder
+                if made and not holds_run(out_dir):  # nothing came of it: a mistake leaves no file and no folder
                     os.remove(path)
+                if not os.listdir(out_dir):
                     os.rmdir(out_dir)
 
 
@@ -187,7 +189,9 @@ def read(path):
         raise UserError(f'no checkpoint {path}: train one with train.py, or name its folder with --out_dir') from None
     except OSError as e:
         raise UserError(f'{path} is not a readable checkpoint: {e.strerror}') from None
-    except Exception:  # whatever the unpickler stumbles over; its advice is to run the code that may be in the file
+    except Exception as e:  # whatever the unpickler stumbles over; its advice is to run the code that may be in the file
+        if mistake(e):  # too little memory says nothing about the file
+            raise
         state = None
     if not isinstance(state, dict):
         raise UserError(f'{path} is not a readable checkpoint: it is damaged, or holds more than tensors and plain values')

@@ -202,3 +202,8 @@ def load_meta(folder):
         raise UserError(f'the data set {folder} {state}: run `{prepare_command(name)}` first; '
                         f'prepared so far: {", ".join(there) or "none"}')
     return meta
+
+
+def text_hashes(meta):
+    """{split: hash of its text} of a data set."""
+    return {split: counts.get('text_sha256') for split, counts in meta['splits'].items()}

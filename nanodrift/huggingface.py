@@ -2,6 +2,7 @@
 Models in Hugging Face's format, both ways: GPT-2 as transformers keeps it, and every other type as a config.json of our own
 and a model.safetensors; the tokenizers that go with them.
 """
+import glob
 import json
 import os
 import shutil
@@ -30,11 +31,19 @@ INSIDE = f'hf:./{ENCODER}'  # what its config.json calls that, wherever the expo
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
+def holds_weights(folder):
+    """Whether a folder has weights in Hugging Face's format."""
+    return any(glob.glob(os.path.join(glob.escape(folder), pattern))
+               for pattern in ('model*.safetensors*', 'pytorch_model*.bin*'))
+
+
 def open_run(name, which='best'):
     """The checkpoint of a run's folder, or what 'hf:NAME_OR_FOLDER' holds in the same form: GPT-2 as Hugging Face keeps it,
     or any type as export.py wrote it. `tokenizer` is None if unknown. `foreign` is the model_type stated in a config.json
     that is not ours; its weight names still have to be checked."""
     if not name.startswith('hf:'):
+        if holds_weights(name) and not checkpoint.holds_run(name):
+            raise UserError(f"{name} holds a model in Hugging Face's format: write hf:{name}")
         return checkpoint.load(checkpoint.find(name, which))
     folder = name.removeprefix('hf:')
     config = _read_config(folder)

@@ -105,6 +105,8 @@ def pick_device(name, float64=False):
     there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]
     if index and not index.isdecimal() or int(index or 0) >= there:
         raise UserError(f'device={name}: this machine or this build of PyTorch has {there} of {kind}; use --device=cpu')
+    if kind == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16: all commands multiply alike
     # torch.cuda.set_device refuses a device without a number
     return torch.device(kind, int(index or 0)) if kind == 'cuda' else torch.device(name)
 
@@ -195,6 +197,8 @@ def setup_ranks(device, backend, timeout):
             # torchrun keeps its store when it starts the ranks again: they would read the addresses of those that are gone
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    except ValueError as e:  # a variable is missing, of a launcher that has gone
+        raise UserError(f'{e}: set MASTER_ADDR, MASTER_PORT and WORLD_SIZE too, or unset RANK') from None
     except RuntimeError as e:
         reason, number = str(e).splitlines()[0], os.environ.get('WORLD_SIZE')
         raise UserError(f'the ranks did not meet ({reason}): start all {number} within {timeout} seconds, with a --backend '

@@ -6,15 +6,18 @@ import itertools
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import torch
 from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
 from nanodrift.options import UserError
+from nanodrift.refinement import Step
 
 OPEN = '·'
+MOST_CELLS = 300_000  # steps x positions that are recorded: what a browser plays without effort
 CONTINUATION = bytes(range(0x80, 0xC0))  # of a character that began before
 SECONDS_PER_FRAME, SECONDS_AT_MOST = 0.15, 20
 OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
@@ -22,25 +25,61 @@ OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
 
 @dataclass
 class Recording:
-    """One sample's refinement. `frames`: for each step, for each position (text, confidence, revised); text is None where
-    it is open. `fixed`: whether a position was given. `passes`: forward passes so far, for each step."""
+    """One sample's refinement. `frames`: for each step that is shown, for each position (text, confidence, revised); text is
+    None where it is open. `fixed`: whether a position was given. For each frame: `passes`, forward passes so far, and
+    `steps`, the number of its step."""
     frames: list
     fixed: list
     passes: list
+    steps: list
 
     @classmethod
     def of(cls, steps, tokenizer, mask):
         """Of the first row of refinement.Steps, the first of them before anything was done."""
+        return cls.of_numbered(enumerate(steps), tokenizer, mask)
+
+    @classmethod
+    def of_numbered(cls, steps, tokenizer, mask):
+        """The same, of pairs (number of the step, Step)."""
         ever, recording = set(), None
-        for step in steps:
+        for number, step in steps:
             ids, confidence = step.ids[0].tolist(), step.confidence[0].tolist()
-            recording = recording or cls([], [i != mask for i in ids], [])
+            recording = recording or cls([], [i != mask for i in ids], [], [])
             ever |= set(step.revised[0].nonzero().flatten().tolist())
             texts = [None if i == mask else tokenizer.decode_bytes([i]) for i in ids]
             recording.frames.append([(text, round(c, 4), n in ever)
                                      for n, (text, c) in enumerate(zip(characters(texts), confidence))])
             recording.passes.append(int(step.passes[0]))
+            recording.steps.append(number)
         return recording
+
+
+class Recorder:
+    """Keeps the first row of the Steps that it is given, for a Recording: none that changes nothing, and of the others all,
+    or every second, fourth ... where they would have more than `most` cells; the newest always."""
+
+    def __init__(self, most=MOST_CELLS):
+        self.most, self.every, self.given, self.changes = most, 1, 0, 0
+        self.kept = []  # (how many steps have changed something before, the number of the step, the Step)
+
+    def add(self, step):
+        row = Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes)))
+        if not self.kept or not torch.equal(row.ids, self.kept[-1][-1].ids):
+            self._keep(self.changes, self.given, row)
+            self.changes += 1
+        self.given += 1
+        if len(self.kept) > max(2, self.most // row.ids.size(1)):
+            kept, self.kept, self.every = self.kept, [], 2 * self.every
+            for entry in kept:
+                self._keep(*entry)
+
+    def _keep(self, change, number, row):
+        if self.kept and self.kept[-1][0] % self.every:  # the newest so far, which is not one of those that stay
+            row = replace(row, revised=row.revised | self.kept.pop()[-1].revised)
+        self.kept.append((change, number, row))
+
+    def recording(self, tokenizer, mask):
+        return Recording.of_numbered(((number, row) for _, number, row in self.kept), tokenizer, mask)
 
 
 def characters(tokens):
@@ -105,7 +144,7 @@ def picture(recording, number, widths, columns, height):
     """Frame `number` as rich Text of so many columns and, while something is open, at most so many lines: given text bold,
     committed text coloured by confidence, revised text underlined."""
     frame = recording.frames[number]
-    text = Text(f'step {number}, {recording.passes[number]} forward passes', no_wrap=True)
+    text = Text(f'step {recording.steps[number]}, {recording.passes[number]} forward passes', no_wrap=True)
     for line in view(frame, lines_of(widths, columns), height - 1):
         text.append('\n')
         for n in line:
@@ -123,7 +162,7 @@ def play(recording, console):
         for number, frame in enumerate(recording.frames):
             marks = ''.join(OPEN if token is None else '=' if fixed else '~' if revised else '#'
                             for (token, _, revised), fixed in zip(frame, recording.fixed))
-            print(f'step {number:3d}, {recording.passes[number]:3d} passes  {marks}')
+            print(f'step {recording.steps[number]:3d}, {recording.passes[number]:3d} passes  {marks}')
         return
     widths = cells(recording)
     with Live(console=console, auto_refresh=False, vertical_overflow='crop') as live:

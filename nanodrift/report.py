@@ -188,9 +188,10 @@ def conclusions(rows):
             if row is not base:
                 words, by = verdict(row, base, part, key), abs(row[part][key][0] - base[part][key][0])
                 told[words].append(row['variant'] + (f' (by {shown((by, None))})' if words in (LOWER, HIGHER) else ''))
-        its = shown(base[part][key], part == 'likelihood' and base['bound'])
+        of_bounds = part == 'likelihood' and base['bound']  # then all are bounds, and so is what can be said
+        its, measure = shown(base[part][key], of_bounds), ('the bound on the ' if of_bounds else '') + SUMMARY[part, key]
         verdicts = '; '.join(f'{words}: {", ".join(names)}' for words, names in told.items() if names)
-        sentences.append(f'{SUMMARY[part, key].capitalize()}, compared with {base["variant"]} ({its}): {verdicts}.')
+        sentences.append(f'{measure[0].upper()}{measure[1:]}, compared with {base["variant"]} ({its}): {verdicts}.')
     if sentences and not any(row[part][key] and row[part][key][1] is not None for row in rows for part, key in COMPARED):
         return ['Each variant has a single seed: nothing can be concluded from the differences between them.']
     return sentences or ['There is nothing to compare.']

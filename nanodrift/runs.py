@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 
 from nanodrift import checkpoint
+from nanodrift.data import load_meta, text_hashes
 from nanodrift.options import UserError
 
 MAY_DIFFER = ('out_dir', 'init_from', 'encoder', 'vocab_size', 'device', 'overwrite')  # may differ in one run
@@ -84,6 +85,10 @@ class Run:
         state = checkpoint.load_last(self.folder) if checkpoint.holds_run(self.folder) else None
         if state is not None and (others := self.differing(state['config'])):
             raise UserError(f'{self.folder} holds a run with {"; ".join(others)}: name another folder with --out_dir')
+        text = text_hashes(load_meta(os.path.join(self.settings['data_dir'], self.settings['dataset'])))
+        if state is not None and state.get('data', text) != text:
+            raise UserError(f'{self.folder} holds a run on another text, which {self.settings["dataset"]} had before it was '
+                            'prepared anew: name another folder with --out_dir')
         return state
 
     def finished(self, state):

@@ -67,6 +67,6 @@ def gumbel_draw(logits, temperature, top_k=0, top_p=1.0, rng=None):
     temperature (Zheng et al., arXiv 2409.02908)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = keep_likely(logits / temperature, top_k, top_p)
+    logits = keep_likely(logits / max(temperature, COLDEST), top_k, top_p)
     u = torch.rand(logits.shape, generator=rng, dtype=torch.float64, device=logits.device).clamp_(1e-300, 1 - 1e-16)
     return u.log_().neg_().log_().neg_().add_(logits).argmax(-1)  # in place: this is most of what a draw costs

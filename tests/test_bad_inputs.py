@@ -193,6 +193,8 @@ MISTAKES = {
         ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=5', 'divide'),
         ('--model_type=diffusion --diffusion_t_min=0.3', 'nelbo'),
         ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_t_min=0.9 --diffusion_t_max=0.8', 'must be below'),
+        ('--model_type=diffusion --diffusion_objective=nelbo --diffusion_block=4 --diffusion_complement=True '
+         '--diffusion_t_max=0.8', 'add up to 1'),
         ('--device=cuda:99', '--device=cpu'),
         ('--device=warp', 'cpu, cuda, mps'), ('--num_epochs=1e308', 'at most'), ('--warmup_epochs=1e308', 'at most'),
         ('--n_embd=1000000000', 'not enough memory'),
@@ -393,7 +395,7 @@ SCRIPT = '</script><script>alert(1)</script><img src=x onerror=alert(1)>'
 
 
 def test_text_never_becomes_part_of_a_page(tmp_path):
-    recording = player.Recording(fixed=[False], passes=[1], frames=[[(SCRIPT, 1.0, False)]])
+    recording = player.Recording(fixed=[False], passes=[1], steps=[0], frames=[[(SCRIPT, 1.0, False)]])
     player.write_page(recording, str(tmp_path / 'page.html'))
     page = (tmp_path / 'page.html').read_text(encoding='utf-8')
     assert page.count('<script') == 1 == page.count('</script') and '<img' not in page and 'alert(1)' in page

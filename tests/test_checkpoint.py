@@ -367,6 +367,13 @@ def test_too_little_memory_on_resume_is_not_taken_for_damage(tiny, monkeypatch):
         train.main([f'--out_dir={config.out_dir}', '--init_from=resume', '--max_iters=2'])
 
 
+def test_too_little_memory_for_a_file_is_not_taken_for_damage(trained, monkeypatch):
+    fail = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    monkeypatch.setattr(torch, 'load', lambda *_, **__: (_ for _ in ()).throw(fail))
+    with pytest.raises(RuntimeError, match='allocate'):
+        checkpoint.load_last(trained)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # weights out of a checkpoint: none is drawn first, none copied
 

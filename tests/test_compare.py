@@ -154,6 +154,7 @@ def test_no_more_text_is_evaluated_than_a_run_trains_on(place, words, calls, cap
         compare.main(words(f'windows{tokens}', '--variants=gpt2', '--seeds=1', '--samples=0', f'--tokens={tokens}'))
         found = json.loads((place / f'windows{tokens}' / 'runs' / 'gpt2_seed1' / 'evaluation.json').read_text())
         assert found['likelihood']['predictions'] == predictions and found['quality'] == {}
+        assert found['asked']['dtype'] == settings_of(place / f'windows{tokens}' / 'runs' / 'gpt2_seed1')['dtype_used']
         assert re.search(r'^gpt2, seed 1: validation text, \d+\.\d s$', capsys.readouterr().out, re.MULTILINE)
 
 
@@ -344,6 +345,20 @@ def test_runs_of_another_comparison_are_refused(place, words, judged, calls, arg
     with pytest.raises(UserError, match=f'{differing}.*--out_dir'):
         compare.main(words('judged', '--variants=gpt2', '--seeds=1,2', *(arg.format(place=place) for arg in args)))
     assert not calls and (judged / 'results.json').read_bytes() == before
+
+
+def test_runs_on_a_text_that_was_prepared_anew_are_refused(place, words, calls, tmp_path):
+    def args(*more):
+        return words('anew', '--dataset=mine_byte', f'--data_dir={tmp_path}', '--variants=gpt2', '--samples=0', *more)
+    for text in ('one text ' * 400, 'another text ' * 400):
+        (tmp_path / 'mine.txt').write_text(text)
+        prepare.main([f'--input={tmp_path}/mine.txt', '--name=mine', '--tokenizer=byte', f'--data_dir={tmp_path}'])
+        if text.startswith('one'):
+            compare.main(args('--seeds=1'))
+    before = len(calls)
+    with pytest.raises(UserError, match='another text.*prepared anew.*--out_dir'):
+        compare.main(args('--seeds=1,2'))
+    assert len(calls) == before
 
 
 def test_another_device_goes_on_with_the_comparison(words, judged):

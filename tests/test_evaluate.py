@@ -213,6 +213,8 @@ def test_drifting_has_samples_and_no_likelihood(go, runs):
     out, found = go('drifting,gpt2', f'--judge={runs["judge"]}', *args)
     assert f'{runs["drifting"]} (drifting) has no likelihood' in out.replace('\n', ' ')
     assert found['likelihood'][runs['drifting']] == {} and found['samples'][runs['drifting']]['nfe'] == 1
+    _, cold = go('drifting', f'--judge={runs["judge"]}', *args, '--temperature=0.1')
+    assert cold['samples'][runs['drifting']] != found['samples'][runs['drifting']]
     with pytest.raises(UserError, match='cannot judge'):
         go('drifting', f'--judge={runs["encoder"]}', *args)
 

@@ -12,6 +12,7 @@ from conftest import ROOT, pseudo_text, resume, run_script
 from test_train import assert_same_run, load, metrics
 
 import evaluate
+import export
 import prepare
 import train
 from nanodrift import checkpoint
@@ -88,6 +89,49 @@ def test_a_run_does_not_overwrite_what_it_comes_from(command_line, settings, nam
     with pytest.raises(UserError, match=f'is {name} too.*another --out_dir'):
         start(command_line, overwrite=True, **more, **{name: out_dir})
     assert contents(out_dir) == before
+
+
+def test_an_exported_model_is_not_written_over(command_line, settings, tmp_path):
+    assert start(command_line) == 0
+    model = str(tmp_path / 'exported')
+    export.main([f'--out_dir={settings()["out_dir"]}', f'--to={model}'])
+    before = contents(model)
+    for more in ({'init_from': f'hf:{model}'}, {}, {'init_from': settings()['out_dir']}):
+        with pytest.raises(UserError, match='another --out_dir'):
+            start(command_line, out_dir='exported', overwrite=True, **more)
+    assert contents(model) == before
+    with pytest.raises(UserError, match=f'write hf:{model}'):
+        start(command_line, out_dir='tuned', init_from=model)
+    assert start(command_line, out_dir='tuned', init_from=f'hf:{model}') == 0
+
+
+def test_any_other_folder_may_be_named(command_line, tmp_path, monkeypatch):
+    """Words of --init_from are no folders, and no encoder is not the folder where one is."""
+    monkeypatch.chdir(tmp_path)
+    assert start(command_line, out_dir='scratch') == 0
+    monkeypatch.chdir(tmp_path / 'scratch')
+    words = [word for word in command_line() if not word.startswith('--out_dir')]
+    assert train.main([*words, '--out_dir=.', '--overwrite=True']) == 0
+
+
+def test_auto_starts_where_its_config_says(command_line, settings, tmp_path):
+    assert start(command_line, out_dir='source') == 0
+    (tmp_path / 'tune.py').write_text(f'init_from = {settings(out_dir="source")["out_dir"]!r}\n')
+    words = [f'{tmp_path}/tune.py', *command_line(out_dir='tuned', init_from='auto')]
+    assert train.read_settings(words)[0].init_from == settings(out_dir='source')['out_dir']
+    assert train.main(words) == 0 and train.read_settings(words)[0].init_from == 'resume'
+    assert train.read_settings(command_line(out_dir='new', init_from='auto'))[0].init_from == 'scratch'
+
+
+def test_a_longer_run_keeps_the_line_of_the_last_evaluation(command_line, settings):
+    """Of a run that ends between two evaluations, and has become worse."""
+    config, model_config, _ = train.read_settings(command_line(max_iters=7, eval_interval=5, learning_rate=1e-9))
+    with pytest.MonkeyPatch.context() as patch:
+        real, losses = Trainer.evaluate, iter((3.0, 3.0, 2.0, 2.0, 9.0, 9.0))
+        patch.setattr(Trainer, 'evaluate', lambda *args: real(*args) | {'loss': next(losses)})
+        assert train.train(config, model_config) == 0
+    assert resume(settings()['out_dir'], '--max_iters=12') == 0
+    assert [entry['iter'] for entry in metrics(settings()['out_dir']) if 'val_loss' in entry] == [0, 5, 7, 10, 12]
 
 
 def test_resuming_on_another_text_is_refused(tmp_path, command_line, settings, capsys):

@@ -1,5 +1,6 @@
 """generate_diffusion.py: what it prints for prompts, templates and repairs; the terminal and the page; mistakes."""
 import io
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from rich.console import Console
 import generate_diffusion
 import sample
 import train
-from generate_diffusion import GenerateConfig, first_canvas, parse_template, refine_batch
+from generate_diffusion import GenerateConfig, all_ended, first_canvas, parse_template, refine_batch
 from model import GPTConfig, load_model
 from nanodrift import checkpoint, player
 from nanodrift.options import UserError
@@ -257,9 +258,47 @@ def test_of_a_canvas_taller_than_the_screen_the_part_in_work_is_seen_and_all_at_
 
 def test_wide_and_unprintable_characters_have_cells_too():
     frames = [[('日', 1.0, False), ('\r', 1.0, False)], [('a', 1.0, False), ('\x1b', 1.0, False)]]
-    wide = player.Recording(frames, [False, False], [0, 1])
+    wide = player.Recording(frames, [False, False], [0, 1], [0, 1])
     assert player.cells(wide) == [2, 1]
     assert [player.picture(wide, n, [2, 1], 80, 25).plain.split('\n')[1] for n in (0, 1)] == ['日 ', 'a ?']
+
+
+def of_row(row, revised=()):
+    opened = torch.tensor([[n in revised for n in range(len(row))]])
+    return Step(torch.tensor([row]), torch.zeros(1, len(row)).double(), opened, torch.tensor([1]))
+
+
+def test_steps_that_change_nothing_are_not_recorded():
+    recorder = player.Recorder()
+    for row in ([97, 257, 257], [97, 98, 257], [97, 98, 257], [97, 98, 257], [97, 98, 99]):
+        recorder.add(of_row(row))
+    recorded = recorder.recording(ByteTokenizer(), 257)
+    assert recorded.steps == [0, 1, 4] and len(recorded.frames) == 3 == len(recorded.passes)
+    assert player.picture(recorded, 2, [1] * 3, 80, 25).plain.startswith('step 4, ')
+
+
+@pytest.mark.parametrize('count', [3, 9, 10, 11, 40, 41])
+def test_of_too_many_steps_every_second_is_recorded_and_the_newest(count):
+    recorder = player.Recorder(most=80)
+    rows = [[97 + n % 20, 97 + n // 20] + [257] * 6 for n in range(count)]
+    for n, row in enumerate(rows):
+        recorder.add(of_row(row, revised=[n % 8]))
+        recorded = recorder.recording(ByteTokenizer(), 257)
+        apart = {b - a for a, b in itertools.pairwise(recorded.steps[:-1])}
+        assert len(recorded.steps) <= 10 and recorded.steps[0] == 0 and recorded.steps[-1] == n and len(apart) <= 1
+    assert sum(revised for _, _, revised in recorded.frames[-1]) == min(count, 8)  # of steps that are left out too
+
+
+def test_a_block_that_may_be_opened_again_has_not_ended():
+    c = GPTConfig(model_type='diffusion', block_size=12, vocab_size=300, diffusion_block=4, n_layer=1, n_head=2, n_embd=8,
+                  diffusion_objective='nelbo')
+    eot, mask = 299, 300
+    second = torch.tensor([[1, 2, 3, 4, 5, eot, 5, 5] + [mask] * 4])
+    third = torch.tensor([[1, 2, 3, 4, 5, eot, 5, 5, 6, 6, 6, 6] + [mask] * 4])
+    for remask, early in (('none', True), ('remdm-cap', False)):
+        how = RefineConfig(strategy='ancestral', remask=remask)
+        assert all_ended(second, c, how, 1, eot) == early and all_ended(third, c, how, 1, eot)
+        assert not all_ended(third, c, how, 6, eot)
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys):

@@ -15,6 +15,7 @@ from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 import train
 from nanodrift import checkpoint, options
 from nanodrift.machine import ROLL_CALL, Ranks, pick_device, setup_ranks
+from nanodrift.options import UserError
 
 TWO = dict(gradient_accumulation_steps=2)
 
@@ -263,6 +264,19 @@ def test_ranks_that_do_not_meet(command_line, fork_ranks, tmp_path):
     missing.kill()
     said = finish([alone], tmp_path, code=2)
     assert 'did not meet' in said and 'start all 2 within 1 seconds' in said and 'Traceback' not in said, said
+
+
+def test_a_rank_without_the_others_addresses_is_one_line(monkeypatch):
+    for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(UserError, match='WORLD_SIZE.*unset RANK'), setup_ranks('cpu', 'gloo', 5):
+        pass
+
+
+def test_the_number_of_micro_batches_is_rounded_up(tiny):
+    with pytest.raises(UserError, match='--gradient_accumulation_steps=48'):
+        train.Trainer(*tiny(gradient_accumulation_steps=40), Ranks(world_size=16))
 
 
 def stop_rank_1(argv):

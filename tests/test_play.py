@@ -173,7 +173,7 @@ class Reader(HTMLParser):
 
 
 def test_text_never_becomes_part_of_the_page():
-    recording = player.Recording(fixed=[False], passes=[1], frames=[[(HOSTILE, 1.0, False)]])
+    recording = player.Recording(fixed=[False], passes=[1], steps=[0], frames=[[(HOSTILE, 1.0, False)]])
     answer = Answer([Token(HOSTILE, 0.5, HOSTILE), Token(HOSTILE, css='fixed')], recording,
                     [(kind, HOSTILE, HOSTILE) for kind in ('kept', 'same', 'new')], [HOSTILE], HOSTILE, passes=1)
     read = Reader(rendered(answer, title=HOSTILE))

@@ -389,7 +389,7 @@ def test_draws_have_the_probabilities_of_the_softmax():
         ids = gumbel_draw(logits, temperature, rng=torch.Generator().manual_seed(0))
         frequencies = ids.bincount(minlength=4) / len(ids)
         assert torch.allclose(frequencies.double(), (logits[0] / temperature).softmax(-1), atol=0.01)
-    assert gumbel_draw(logits, 0).unique().tolist() == [2]
+    assert gumbel_draw(logits, 0).unique().tolist() == [2] == gumbel_draw(logits, 1e-310).unique().tolist()
     assert gumbel_draw(logits, 1.0, top_k=2).unique().tolist() == [1, 2]
     assert gumbel_draw(logits, 1.0, top_p=0.5).unique().tolist() == [2]
 

@@ -29,7 +29,8 @@ def test_conclusions_are_those_of_the_rule():
     assert 'told from text, compared with gpt2' in samples and 'higher, beyond the seeds: diffusion (by 0.09), dr' in samples
     two = [row('nelbo', (3.9, 0.02), bound=True), row('blocks', (3.5, 0.02), bound=True)]
     assert report.conclusions(two) == [
-        'Validation loss, compared with nelbo (≤ 3.900 ± 0.020): lower, beyond the seeds: blocks (by 0.40).']
+        'The bound on the validation loss, compared with nelbo (≤ 3.900 ± 0.020): lower, beyond the seeds: blocks '
+        '(by 0.40).']
     single, = report.conclusions([row('gpt2', (3.5, None)), row('duo', (9.0, None), bound=True)])
     assert 'nothing can be concluded' in single
     assert report.conclusions(rows[:1]) == ['There is nothing to compare.']

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -598,6 +599,12 @@ def test_epochs_become_iterations(tiny, epochs, iters):
     trainer = Trainer(*tiny(num_epochs=epochs, batch_size=2, gradient_accumulation_steps=2), Ranks())
     assert len(trainer.windows['train']) == 234 and trainer.schedule.max_iters == iters
     assert trainer.schedule.end == iters
+
+
+def test_whole_epochs_take_no_iteration_more():
+    for epochs, windows, examples in itertools.product(range(1, 30), (7, 11, 49), (1, 5, 7, 25)):
+        iters = Schedule(TrainConfig(num_epochs=epochs, decay_lr=False), windows, examples).max_iters
+        assert iters == -(-epochs * windows // examples)
 
 
 @pytest.mark.parametrize('overrides', [

@@ -1,13 +1,10 @@
 """
-The picture of the README: one canvas at five steps of refinement, and the validation loss of each model type.
+A picture of the README: one canvas at five steps of refinement.
 
-    python -m experiments.picture --out_dir=out-diffusion --start="Once upon a time" --figure=docs/picture.png
+    python -m experiments.refinement_figure --out_dir=out-diffusion --start="Once upon a time"
 
-The text is what a masked diffusion checkpoint writes, unedited; the losses are those of docs/comparison.json, which says
-where they come from.
+The text is what a masked diffusion checkpoint writes, unedited.
 """
-import json
-import os
 from dataclasses import dataclass
 
 import matplotlib
@@ -24,18 +21,17 @@ from nanodrift.player import OPEN, Recording, cells, lines_of, visible
 from nanodrift.refinement import RefineConfig
 from nanodrift.tokenizer import tokenizer_from_meta
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 COLUMNS, SHOWN = 68, 5  # characters of a line, steps
 INK, FAINT = '#22252a', '#8a8f98'
 
 
 @dataclass
-class PictureConfig:
+class FigureConfig:
     """Which model writes what."""
     out_dir: str = option('out-diffusion', 'folder of a masked diffusion run')
     start: str = option('Once upon a time', 'how its text begins')
     seed: int = option(1, 'of the text')
-    figure: str = option('docs/picture.png', 'where the picture goes')
+    figure: str = option('docs/refinement.png', 'where the picture goes')
 
 
 def draw_canvas(axes, recording):
@@ -70,38 +66,15 @@ def draw_canvas(axes, recording):
     axes.axis('off')
 
 
-def draw_losses(axes, results):
-    """A row for each type: mean and standard deviation over seeds; a hollow mark is an upper bound."""
-    rows = sorted(results['val_loss'].items(), key=lambda row: row[1][0] if row[1] else float('inf'))
-    right = max(value[0] for _, value in rows if value)
-    for y, (name, value) in enumerate(rows):
-        if value is None:
-            axes.text(right, y, 'no likelihood', ha='right', va='center', fontsize=9, color=FAINT)
-            continue
-        bound = name in results['bounds']
-        axes.errorbar(value[0], y, xerr=value[1], marker='o', markersize=6, capsize=3, color='#2f6f8f',
-                      markerfacecolor='white' if bound else '#2f6f8f')
-        axes.annotate('≤ ' * bound + f'{value[0]:.2f}', (value[0], y), xytext=(0, 8), textcoords='offset points',
-                      ha='center', fontsize=8, color=INK)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.set(ylim=(len(rows) - 0.5, -0.8), xlabel='validation loss, nats per token')
-    axes.set_title('eight types, one budget (2M tokens, 3 seeds)', fontsize=10)
-    axes.grid(axis='x', alpha=0.3)
-    axes.spines[['top', 'right']].set_visible(False)
-
-
 def main(argv):
-    config, refine_config, _ = configure(argv, PictureConfig, RefineConfig, description=__doc__)
+    config, refine_config, _ = configure(argv, FigureConfig, RefineConfig, description=__doc__)
     state = open_run(config.out_dir)
     model, tokenizer = load_model(state), tokenizer_from_meta(state['tokenizer'])
     canvas = first_canvas(GenerateConfig(start=config.start), tokenizer, model.config)
     recording = Recording.of(refine_batch(model, canvas, 1, refine_config, config.seed), tokenizer, model.config.vocab_size)
     print(''.join(token for token, _, _ in recording.frames[-1]), f'({recording.passes[-1]} forward passes)', sep='\n')
-    with open(os.path.join(HERE, '..', 'docs', 'comparison.json'), encoding='utf-8') as f:
-        results = json.load(f)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), width_ratios=(1.75, 1), constrained_layout=True)
-    draw_canvas(left, recording)
-    draw_losses(right, results)
+    figure, axes = plt.subplots(figsize=(7.5, 5.6), constrained_layout=True)
+    draw_canvas(axes, recording)
     figure.savefig(config.figure, dpi=110)
     print(config.figure)
 
