@@ -103,6 +103,11 @@ class Run:
         """{iteration: val_loss} of its evaluations."""
         return {entry['iter']: entry['val_loss'] for entry in read_lines(self.folder) if entry.get('val_loss') is not None}
 
+    def last_stderr(self):
+        """The standard error of the bound that it measured last; 0 where its loss is none."""
+        return next((entry['val_nelbo_stderr'] for entry in reversed(read_lines(self.folder))
+                     if entry.get('val_nelbo_stderr') is not None), 0.0)
+
     def last_loss(self):
         """The val_loss at its end; infinite where it diverged, None where it has not ended."""
         if self.finished(self.state()):

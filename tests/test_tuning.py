@@ -8,6 +8,12 @@ def test_a_ladder_is_geometric_and_has_the_rate_of_the_recipe():
     assert [tuning.ladder(n) for n in (0, 2, 3, 4)] == [[], [0.5, 1], [0.5, 1, 2], [0.25, 0.5, 1, 2]]
 
 
+def test_a_lead_within_the_error_of_a_bound_decides_nothing():
+    assert tuning.undecided({0.5: 5.72, 1.0: 5.71, 2.0: 5.75}, 0.03) and not tuning.undecided({0.5: 5.0, 1.0: 5.71}, 0.03)
+    assert not tuning.undecided({0.5: 3.01, 1.0: 3.0}, 0.0) and not tuning.undecided({1.0: 3.0}, 0.03)
+    assert not tuning.undecided({0.5: math.inf, 1.0: 3.0}, 0.03)
+
+
 def test_the_best_try_has_the_lowest_loss():
     assert tuning.best_of({0.5: 3.0, 1.0: 2.0, 2.0: math.inf}) == 1.0
     assert tuning.best_of({0.5: 2.0, 1.0: 2.0}) == 0.5
