@@ -53,8 +53,8 @@ class TrainConfig:
     out_dir: str = option('out', 'folder of the run: checkpoints, metrics.jsonl, config.json')
     dataset: str = option('python', 'data set, a folder below data_dir made by prepare.py')
     data_dir: str = option('data', 'where the data sets are')
-    init_from: str = option('scratch', "'scratch'; 'resume'; 'auto', which resumes the run in out_dir if there is one; the "
-                            "folder of another run; or 'hf:NAME_OR_FOLDER'")
+    init_from: str = option('scratch', "'scratch'; 'resume'; 'auto', which resumes the run in out_dir if there is one, and "
+                            "else starts where the config file says; the folder of another run; or 'hf:NAME_OR_FOLDER'")
     overwrite: bool = option(False, 'start anew in a folder that holds a run, whose files are removed')
     # evaluation and log
     eval_interval: int = option(250, 'iterations between evaluations; the checkpoint is saved at each', at_least=1)
