@@ -128,4 +128,4 @@ def test_refinement_beside_left_to_right():
     for streams in (1, 2):
         rows = found[f'refine_{streams}']
         assert list(rows) == ['gpt2', '2 steps', '16 steps', *(f'blocks of 4, {n} steps' for n in (1, 2, 4))]
-        assert rows['2 steps']['ratio'] < rows['16 steps']['ratio']
+        assert rows['2 steps']['ms_min'] < rows['16 steps']['ms_min']

@@ -274,6 +274,27 @@ def test_what_a_killed_save_left_behind_cannot_spoil_the_best(tmp_path, monkeypa
     assert number_of(tmp_path / 'ckpt_best.pt') == 1 == number_of(tmp_path / 'ckpt.pt')
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='reads the names of open files from /proc')
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny, monkeypatch):
+    """And before it the log that it knows of; last the name itself. Without a power cut nothing else shows it."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def flush(fd):
+        done.append(os.path.basename(os.readlink(f'/proc/self/fd/{fd}')))
+        fsync(fd)
+
+    def rename(source, target):
+        done.append(f'{os.path.basename(target)} appears')
+        replace(source, target)
+    monkeypatch.setattr(os, 'fsync', flush)
+    monkeypatch.setattr(os, 'replace', rename)
+    config, *rest = tiny(max_iters=1, eval_interval=1)
+    assert train.train(config, *rest) == 0
+    first = done.index('ckpt.pt appears')
+    assert done[first - 1].endswith('.tmp') and done[first + 1] == os.path.basename(config.out_dir)
+    assert 'metrics.jsonl' in done[:first - 1]
+
+
 def test_two_names_are_two_checkpoints(tmp_path):
     checkpoint.save(str(tmp_path), state_number(1), ['best', 'last'])
     assert number_of(tmp_path / 'ckpt_best.pt') == 1 == number_of(tmp_path / 'ckpt.pt')

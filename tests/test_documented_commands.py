@@ -10,15 +10,20 @@ import os
 import re
 import shlex
 import shutil
+import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import BLOCKS, QUICK, ROOT, TINY, local_task
 from test_train_diffusion_attention import SMALL as SMALL_EXPERIMENT
 
 import prepare
 import train
-from model import TYPES
+from model import GPT, TYPES, GPTConfig, load_model
+from nanodrift.huggingface import open_run
 from nanodrift.options import UserError, configure, read_config_file, read_values
+from nanodrift.tokenizer import tokenizer_from_spec
 
 # what train.py is told besides; the number type and the device are the defaults
 SMALL = {key: TINY[key] for key in ('eval_iters', 'n_head', 'n_embd', 'compile', 'block_size')} | {
@@ -230,3 +235,24 @@ def run_attention_experiment(args, data_dir):
     args = [word for word in args if not word.startswith(('--dataset', '--max_tokens'))]
     run_small('train_diffusion_attention.py', [*SMALL_EXPERIMENT, *args, '--max_iters=12', '--lr=1e-2'],
               dataset=f'{data_dir}/tiny_byte')
+
+
+def test_the_scripts_for_nanogpts_files_run(tmp_path, monkeypatch):
+    """A checkpoint and data as nanoGPT leaves them, with GPT-2's tokenizer."""
+    with open(f'{ROOT}/docs/migrating.md', encoding='utf-8') as f:
+        convert, add_meta = re.findall(r'^```python\n(.*?)^```', f.read(), re.DOTALL | re.MULTILINE)
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False)
+    model = GPT(GPTConfig(vocab_size=50257, **sizes))
+    weights = {f'_orig_mod.{name}': tensor for name, tensor in model.state_dict().items()}
+    torch.save({'model': weights, 'model_args': sizes | {'vocab_size': 50304, 'dropout': 0.0}}, tmp_path / 'ckpt.pt')
+    (tmp_path / 'old').mkdir()
+    text = np.array(tokenizer_from_spec('gpt2').encode('the cat sat on the mat. ' * 20) + [50256], dtype='<u2')
+    for split in ('train', 'val'):
+        text.tofile(tmp_path / 'old' / f'{split}.bin')
+    for code, *words in ((convert, 'ckpt.pt', 'new'), (add_meta, 'old')):
+        monkeypatch.setattr(sys, 'argv', ['script.py', *(str(tmp_path / word) for word in words)])
+        exec(compile(code, words[0], 'exec'), {})
+    ids = torch.arange(32).reshape(2, 16)
+    assert torch.equal(load_model(open_run(str(tmp_path / 'new')))(ids)[0], model.eval()(ids)[0])
+    assert train.main([f'--init_from={tmp_path}/new', '--dataset=old', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/run',
+                       '--max_iters=1', '--batch_size=1', '--eval_iters=1', '--device=cpu', '--compile=False']) == 0

@@ -245,7 +245,12 @@ def test_weight_0_is_gpt2_to_the_bit():
     text = tokens(2, 33)
     batches = [m.objective.make_batch(text, torch.Generator().manual_seed(0)) for m in (with_, without)]
     assert all(torch.equal(a, b) for (a, b) in zip(batches[0][:2], batches[1][:2])) and batches[0][2] is None
-    assert [p.shape for p in with_.parameters()] == [p.shape for p in without.parameters()]
+    with_.load_state_dict(without.state_dict())
+    losses = [model(*batch)[1] for model, batch in zip((with_, without), batches)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(with_.parameters(), without.parameters(), strict=True))
 
 
 def test_the_commands(settings, capsys):

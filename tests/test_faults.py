@@ -21,7 +21,7 @@ def may_mount():
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     faults.FORKS.set_forkserver_preload(['conftest', 'experiments.faults', 'torch._dynamo'])
-    return faults.Place(str(tmp_path_factory.mktemp('faults')), int.from_bytes(os.urandom(4)))
+    return faults.Place(str(tmp_path_factory.mktemp('faults')), int.from_bytes(os.urandom(4), 'big'))
 
 
 def test_every_experiment_is_tried():

@@ -699,7 +699,7 @@ def test_memory_is_bounded(tmp_path, separator, tokenizer):
         for i in range(100):
             f.write((f'{string.ascii_letters} ' * 41 + separator) * (1_000_000 // (2200 + len(separator))) + str(i))
     command = [sys.executable, '-c', PEAK, os.path.join(ROOT, 'prepare.py'), f'--input={path}', '--name=x',
-               f'--tokenizer={tokenizer}', f'--data_dir={tmp_path}']
+               '--num_proc=2', f'--tokenizer={tokenizer}', f'--data_dir={tmp_path}']
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding='utf-8',
                          env=os.environ | {'PYTHONPATH': ROOT}).stdout
     assert int(out.splitlines()[-1]) < 90_000       # KiB, of which Python with numpy is about 40,000

@@ -33,7 +33,8 @@ def test_samples_are_reproducible_by_seed_and_count_their_speed(out_dir):
 
 
 def test_one_sample_streams_the_text_that_a_batch_prints(out_dir):
-    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--max_new_tokens=30', '--start=the ']
+    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--max_new_tokens=30', '--start=the ',
+             '--dtype=float32']
     one, two = run_here(*words, '--num_samples=1'), run_here(*words, '--num_samples=2')
     assert one.stdout.rstrip('\n') == two.stdout.split('\n---------------\n')[0].rstrip('\n')
 
@@ -109,7 +110,8 @@ def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
 
 
 def test_drafts_are_counted_and_change_nothing(out_dir):
-    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12']
+    words = ['sample.py', f'--out_dir={out_dir}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12',
+             '--dtype=float32']
     plain, drafted = run_here(*words), run_here(*words, '--draft=ngram')
     assert drafted.stdout == plain.stdout and 'tokens per forward pass' in drafted.stderr
 

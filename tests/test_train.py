@@ -249,23 +249,25 @@ def test_stopped_before_the_first_iteration(tiny, monkeypatch):
 
 
 def test_a_second_signal_ends_it_at_once(fork, command_line, tmp_path):
-    process = fork(train_slowly, command_line())
-    while lines(tmp_path / 'run' / 'metrics.jsonl') < 1:
+    process = fork(train_slowly, command_line(), tmp_path / 'working')
+    while not os.path.exists(tmp_path / 'working'):
         assert process.is_alive()
-    time.sleep(0.1)
+        time.sleep(0.01)
     started = time.time()
-    for wait in (0.1, 1.5, 0):  # the second one is a repetition of the first
+    for wait in (0.1, 1.5):  # the second one is a repetition of the first
         process.terminate()
         time.sleep(wait)
         assert process.is_alive()
+    process.terminate()
     process.join()
     assert process.exitcode == -signal.SIGTERM and time.time() - started < 10
 
 
-def train_slowly(argv):
+def train_slowly(argv, working):
     real = Trainer._batch
 
     def batch(self, *numbers):
+        working.touch()
         time.sleep(30)
         return real(self, *numbers)
     Trainer._batch = batch
