@@ -56,6 +56,7 @@ gpu:
 	$(PYTHON) -m experiments.gpu_report $(if $(AGAINST),--against=$(AGAINST)) $(ARGS)
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer: make PYTHON=...'; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'install the venv module, on Debian python3-venv'; exit 1; }
 
 # A stamp file is newer than the list it was installed from, so a second call installs nothing.

@@ -33,6 +33,7 @@ from nanodrift.machine import Ranks, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
 from nanodrift.runs import Run, read_object
+from nanodrift.system import cores
 from nanodrift.variants import first_of_each_type, variants_of
 from train import TrainConfig, read_settings
 
@@ -189,8 +190,8 @@ def plan(config):
     if config.jobs > 1 and ':' in config.device:
         raise UserError(f'jobs={config.jobs}: device={config.device} is one GPU, and each run needs one of its own; '
                         '--device=cuda takes the first ones')
-    if device.type == 'cpu' and config.jobs > os.cpu_count():
-        raise UserError(f'jobs={config.jobs}: there are {os.cpu_count()} CPU cores here; --jobs={os.cpu_count()}')
+    if device.type == 'cpu' and config.jobs > cores():
+        raise UserError(f'jobs={config.jobs}: there are {cores()} CPU cores here; --jobs={cores()}')
     gpus = {'cpu': config.jobs, 'cuda': torch.cuda.device_count()}.get(device.type, 1)
     if config.jobs > gpus:
         raise UserError(f'jobs={config.jobs}: each needs a GPU of its own, and there {"is" if gpus == 1 else "are"} {gpus} '

@@ -25,6 +25,7 @@ from nanodrift.data import derive_seed
 from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
+from nanodrift.system import print_utf8
 from nanodrift.tokenizer import encode_prompt
 from sample import open_model, read_prompt, stream
 
@@ -315,7 +316,7 @@ def main(argv):
     dtype = pick_dtype(config.dtype, device)
     model, tokenizer = open_model(config.out_dir, config.ckpt, device)
     check_defined(refine_config, model)
-    sys.stdout.reconfigure(encoding='utf-8', errors='replace', newline='')  # whatever the locale; line ends as they are
+    print_utf8(newline='')  # line ends as they are
     console = Console()
     with autocast(device, dtype):
         if config.repair:

@@ -39,7 +39,8 @@ import numpy as np
 from nanodrift import corpus
 from nanodrift.corpus import DATASETS, TEXT_KEY, make_source, split_stream
 from nanodrift.options import UserError, configure, one_of, option, run
-from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec, write_atomically
+from nanodrift.system import cores, write_atomically
+from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec
 
 BPE_SAMPLE = 20_000_000     # the characters, from the start of the training text, that a bpe tokenizer learns from
 
@@ -189,19 +190,19 @@ def publish(temporary, folder):
     """Moves a finished data set into place. Without meta.json, which goes first and comes last, it counts as
     incomplete, so that no reader sees old and new files together. Signals are held off meanwhile."""
     os.makedirs(folder, exist_ok=True)
-    meta, old = os.path.join(folder, 'meta.json'), os.path.join(temporary, 'old.json')
+    files, put_aside = ('train.bin', 'val.bin', 'meta.json'), []
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(meta, old)
         try:
-            os.replace(os.path.join(temporary, 'train.bin'), os.path.join(folder, 'train.bin'))
-        except OSError:  # Windows keeps a file that a training run reads; the old data set is still whole
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(old, meta)
+            for file in filter(lambda file: os.path.exists(os.path.join(folder, file)), files[::-1]):
+                os.replace(os.path.join(folder, file), os.path.join(temporary, f'old {file}'))
+                put_aside.append(file)
+            for file in files:
+                os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+        except OSError:  # Windows does not move a file that somebody reads: the old data set stays
+            for file in put_aside[::-1]:
+                os.replace(os.path.join(temporary, f'old {file}'), os.path.join(folder, file))
             raise
-        for file in ('val.bin', 'meta.json'):
-            os.replace(os.path.join(temporary, file), os.path.join(folder, file))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -261,7 +262,7 @@ def prepare(cfg, dataset, name):
                                     training_sample(stream()))
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
     with temporary_folder(folder) as temporary:
-        splits = write_splits(temporary, stream(), tokenizer, dtype, cfg.num_proc or os.cpu_count(), source.size)
+        splits = write_splits(temporary, stream(), tokenizer, dtype, cfg.num_proc or cores(), source.size)
         meta = {'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
                 'tokenizer': tokenizer.to_meta(), 'splits': splits, 'source': source.about,
                 'versions': versions('numpy', 'tiktoken', 'tokenizers', 'datasets', 'pyarrow')}

@@ -21,6 +21,7 @@ from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
 from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
+from nanodrift.system import print_utf8
 from nanodrift.tokenizer import encode_prompt, tokenizer_from_meta
 
 SAMPLES_AT_ONCE = 64
@@ -180,7 +181,7 @@ def main(argv):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, tokenizer = load(config, device)
-    sys.stdout.reconfigure(encoding='utf-8', errors='replace')  # whatever the locale
+    print_utf8()
     if model.config.model_type == 'drifting':
         check_idle(values)
         config, = build(ONE_STEP | values, SampleConfig)

@@ -25,7 +25,8 @@ from nanodrift.metrics import Calibration, Mean, over_chunks, predictions, summa
 from nanodrift.objectives import IGNORE, NEXT_TOKEN, ignoring, sequence_positions
 from nanodrift.options import UserError, build, check_options, option, read_values, run
 from nanodrift.runs import read_lines
-from nanodrift.tokenizer import tokenizer_from_meta, write_atomically
+from nanodrift.system import write_atomically
+from nanodrift.tokenizer import tokenizer_from_meta
 from train import TrainConfig, Trainer
 
 MODELS = ('standard', 'diffusion_fixed', 'diffusion_adaptive')

@@ -18,6 +18,7 @@ import zipfile
 import torch
 
 from nanodrift.options import UserError, mistake, one_of
+from nanodrift.system import flush_folder, move
 
 try:
     import fcntl
@@ -51,16 +52,13 @@ def save(out_dir, state, names):
         *others, final = [os.path.join(out_dir, FILES[name]) for name in names]
         for other in others:
             hard_link(temporary, other)
-        os.replace(temporary, final)
+        move(temporary, final)
     except (OSError, RuntimeError, UserError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise UserError(f'cannot write a checkpoint to {out_dir} ({str(e).splitlines()[0]}); an existing checkpoint there '
                         'is unchanged') from None
-    if os.name == 'posix':  # the new names must outlive a power cut too
-        folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    flush_folder(out_dir)
 
 
 def checkpoints(out_dir):
@@ -175,7 +173,7 @@ def hard_link(path, name):
             os.link(path, link)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
-        os.replace(link, name)
+        move(link, name)
     except OSError as e:
         raise UserError(f'cannot write {name}: {e.strerror}') from None
 

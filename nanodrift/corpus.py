@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nanodrift.options import UserError
-from nanodrift.tokenizer import EOT_TEXT, download, write_atomically
+from nanodrift.system import write_atomically
+from nanodrift.tokenizer import EOT_TEXT, download
 
 PIECE = 1 << 18             # bytes read at a time, and about the characters that one task encodes
 TEXT_KEY = 'text'           # the column of text, unless --text_key names another

@@ -16,6 +16,9 @@ from nanodrift.runlog import tell
 from nanodrift.runs import divergence
 
 POLL = 0.1  # seconds between two looks at what runs
+# what asks a command to save and end, and what gives it a terminal's Ctrl-C of its own: that would come a second time
+POLITE = signal.SIGTERM if os.name == 'posix' else signal.CTRL_BREAK_EVENT
+APART = {'start_new_session': True} if os.name == 'posix' else {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP}
 
 
 def run_all(start, ended, count, at_once):
@@ -51,9 +54,8 @@ def end(children, signals):
     if not children:
         return
     told = time.monotonic()
-    if not (os.name == 'nt' and signals and signals[0][0] == signal.SIGINT):  # the console of Windows gave it to all
-        for child in children:
-            child.terminate()
+    for child in children:
+        child.send_signal(POLITE)
     tell(f'waiting for {len(children)} of train.py to save; Ctrl-C once more ends them at once', sys.stderr)
     while any([child.poll() is None for child in children]):
         if any(when > told + 1 for _, when in signals):
@@ -86,8 +88,7 @@ def call_all(calls, program, at_once, device):
     def start(i, slot):
         words, folder = calls[i]
         command = [*program, *words]
-        # a session of its own: the terminal would send Ctrl-C a second time, which ends train.py without a save
-        how = {'stdin': subprocess.DEVNULL, 'start_new_session': True}
+        how = {'stdin': subprocess.DEVNULL} | APART
         try:
             if at_once == 1:
                 tell('\n$ ' + shlex.join(command))

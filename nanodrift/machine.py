@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from nanodrift.options import UserError, one_of
+from nanodrift.system import cores
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 ROLL_CALL = 5  # seconds in which a rank that is well answers
-# signals that end a run with a checkpoint; some are unknown to Windows
-STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
+# signals that end a run with a checkpoint; each system has some of them
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
+            if hasattr(signal, name)]
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Ranks:
     def __exit__(self, kind, error, trace):
         """Says goodbye after success alone: while other ranks may be inside a collective, one that fails must end. Where a
         collective failed, one line names the ranks that are gone or hang."""
-        if not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
             return
         if error is None:
             dist.destroy_process_group()
@@ -178,10 +180,14 @@ def compiler_works(device):
 def setup_ranks(device, backend, timeout):
     """Joins the process group when torchrun started this process. Raises UserError on a device that is not there."""
     device = pick_device(device)
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:  # torch asks the machine, not the container
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if 'RANK' not in os.environ:
         if device.type == 'cuda':
             torch.cuda.set_device(device)
         return Ranks(device=device)
+    if device.type == 'mps':
+        raise UserError('no backend joins ranks on mps: start one process, without torchrun, or use --device=cpu')
     rank = int(os.environ['RANK'])
     # launchers of pods may set RANK alone
     local_rank = int(os.environ.get('LOCAL_RANK', rank % max(1, torch.cuda.device_count())))

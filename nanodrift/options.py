@@ -20,7 +20,8 @@ import types
 from dataclasses import MISSING, field, fields
 
 # what PyTorch says where an allocation fails, or is larger than any memory
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking")
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Storage size calculation overflowed|"
+                           "Overflow when unpacking")
 LIMIT = 2 ** 63  # of whole numbers: what a tensor can hold
 OTHER_RANKS_WAIT = 5  # seconds before a rank but the first says what is wrong
 

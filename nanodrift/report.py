@@ -18,7 +18,7 @@ import torch
 from nanodrift import checkpoint
 from nanodrift.options import UserError
 from nanodrift.runs import median_speed, read_lines, settings_of
-from nanodrift.tokenizer import write_atomically
+from nanodrift.system import cores, write_atomically
 
 matplotlib.use('Agg')  # files only: no window
 import matplotlib.pyplot as plt
@@ -208,7 +208,7 @@ def machine_facts(runs):
     device = every('device_used')
     if device.startswith('cuda') and torch.cuda.is_available():
         device += f' ({torch.cuda.get_device_name()})'
-    return {'machine': f'{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}', 'device': device,
+    return {'machine': f'{platform.machine()}, {cores()} CPUs, {platform.system()}', 'device': device,
             'ranks': every('world_size'), 'threads': every('threads'), 'dtype': every('dtype_used'),
             'torch': every('torch'), 'commit of the runs': every('commit'), 'commit of the report': checkpoint.commit()}
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nanodrift import checkpoint
 from nanodrift.options import UserError
-from nanodrift.tokenizer import write_atomically
+from nanodrift.system import write_atomically
 
 # of an evaluation, on the terminal; everything is in metrics.jsonl
 SHOWN = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_accuracy': 'accuracy',

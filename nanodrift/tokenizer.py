@@ -25,6 +25,7 @@ import urllib.request
 import numpy as np
 
 from nanodrift.options import UserError
+from nanodrift.system import write_atomically
 
 EOT_TEXT = '<|endoftext|>'
 LONGEST_PRETOKEN = 512  # bytes
@@ -217,23 +218,6 @@ def download(url, timeout=10):
             return response.read()
     except http.client.HTTPException as e:
         raise OSError(f'{url} was cut short: {e!r}') from None
-
-
-def write_atomically(path, data):
-    """Writes bytes to a temporary file and renames it: a reader never sees half of it. Raises OSError if it cannot; an
-    existing file is then unchanged."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 @contextlib.contextmanager

@@ -620,7 +620,7 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
         splits = {split: {'tokens': len(ids) // 2, 'bytes': 1} for split in ('train', 'val')}
         write(folder / 'meta.json', json.dumps({'dtype': 'uint16', 'vocab_size': 300, 'eot': 299, 'tokenizer': {},
                                                 'splits': splits}))
-    for steps in range(5):
+    for steps in range(7):
         old, new = tmp_path / f'old{steps}', tmp_path / f'new{steps}'
         build(old, [0, 0]), build(new, [1, 1])
         done = []
@@ -631,26 +631,27 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
             done.append(replace(*args))
         with monkeypatch.context() as patch:
             patch.setattr(os, 'replace', killed)
-            if steps < 4:
+            if steps < 6:
                 with pytest.raises(KeyboardInterrupt):
                     prepare.publish(new, old)
             else:
                 prepare.publish(new, old)
-        if 0 < steps < 4:
+        if 0 < steps < 6:
             with pytest.raises(UserError, match='incomplete'):
                 load_meta(old)
         else:
             load_meta(old)
-            assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([steps // 4] * 2)
+            assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([steps // 6] * 2)
 
 
-def test_a_file_that_cannot_be_replaced_leaves_the_old_data_set_whole(cli, tmp_path, monkeypatch):
-    """Windows refuses while a training run reads train.bin."""
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
+def test_a_file_that_cannot_be_replaced_leaves_the_old_data_set_whole(cli, tmp_path, monkeypatch, name):
+    """Windows refuses while a training run or an evaluation reads it."""
     assert cli.run(f'--input={write(tmp_path / "a.txt", "old text " * 99)}', '--name=x', '--tokenizer=byte').code == 0
     before = snapshot(cli.work)
 
     def refused(source, target, replace=os.replace):
-        if os.path.basename(target) == 'train.bin':
+        if os.path.basename(source) == name and '.tmp-' not in str(source):
             raise PermissionError(13, 'Permission denied', source, None, target)
         replace(source, target)
     monkeypatch.setattr(os, 'replace', refused)
