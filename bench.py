@@ -27,7 +27,7 @@ import torch
 from model import GPT, TYPES, Generator, GPTConfig
 from nanodrift import drifting, kernels, plan
 from nanodrift.data import Windows, derive_seed, load_meta
-from nanodrift.machine import DTYPES, autocast, compiler_works, pick_device, pick_dtype
+from nanodrift.machine import DTYPES, autocast, compiler_works, limit_threads, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, one_of, option, read_values, run, split_numbers
 from nanodrift.variants import first_of_each_type, variants_of
 
@@ -460,6 +460,7 @@ def main(argv):
     if config.part == 'plan':
         print(json.dumps(report_plan(config)))
         return
+    limit_threads()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch._dynamo.config.recompile_limit = 8 * len(BENCHED)  # all types compile the same code

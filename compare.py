@@ -29,7 +29,7 @@ from model import TYPES, GPTConfig
 from nanodrift import checkpoint, costs, report, tuning
 from nanodrift.data import Stream, Windows, derive_seed, load_meta, text_hashes
 from nanodrift.jobs import call_all, threads_of_each
-from nanodrift.machine import Ranks, pick_device, pick_dtype
+from nanodrift.machine import Ranks, limit_threads, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, one_of, option, read_config_file, run, split_numbers
 from nanodrift.quality import FOLDS
 from nanodrift.runs import Run, read_object
@@ -414,7 +414,7 @@ def identity_of(folder):
 
 
 def evaluate_run(config, planned, tokens, others):
-    """{name: number} of one run on at most so many `tokens` of validation text, and of its samples; some texts. Kept in the
+    """{name: number} of one run on at most `tokens` tokens of validation text, and of its samples; some texts. Kept in the
     run's evaluation.json. `others`, of real text and n-gram models, are the same for all runs: the first one that needs
     them fills them in."""
     folder, started = planned.folder, time.perf_counter()
@@ -453,6 +453,7 @@ def evaluate_run(config, planned, tokens, others):
 
 def main(argv):
     config, _ = configure(argv, CompareConfig, description=__doc__)
+    limit_threads()
     runs = plan(config)
     check_same_runs(config, runs)
     try:
@@ -465,8 +466,9 @@ def main(argv):
     trained, tuned, attempts, diverged = train_all(config, runs)
     print(f'\ntrained, {(time.time() - started) / 60:.1f} minutes; now evaluating', flush=True)
     variants, helpers, others = {}, [], {}
-    # of validation text: no more than the shortest run trained on, and the same for all, or they could not be compared
-    tokens = min(iterations(config, planned) * planned.tokens_per_iter for planned in runs if not planned.helps)
+    # validation text for all runs: as much as the shortest one trained on, since losses on different text do not compare
+    tokens = min((iterations(config, planned) * planned.tokens_per_iter for planned, _ in trained if not planned.helps),
+                 default=0)
     for planned, run_ in trained:
         if planned.helps:
             helpers.append(run_)

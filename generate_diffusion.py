@@ -22,7 +22,7 @@ from rich.console import Console
 from nanodrift import player
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
-from nanodrift.machine import DTYPES, autocast, exact, pick_device, pick_dtype
+from nanodrift.machine import DTYPES, autocast, exact, limit_threads, pick_device, pick_dtype
 from nanodrift.options import UserError, check_options, configure, option, run
 from nanodrift.refinement import REMASKS, RefineConfig, Step, check_defined
 from nanodrift.system import print_utf8
@@ -312,6 +312,7 @@ def check_flagging(refine_config, repairing):
 def main(argv):
     config, refine_config, _ = configure(argv, GenerateConfig, RefineConfig, description=__doc__)
     check_flagging(refine_config, config.repair)
+    limit_threads()
     device = pick_device(config.device, float64=True)
     dtype = pick_dtype(config.dtype, device)
     model, tokenizer = open_model(config.out_dir, config.ckpt, device)

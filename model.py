@@ -90,7 +90,8 @@ class GPTConfig:
                                         types='diffusion')
     diffusion_t_min: float = option(0.0, 'least masking rate in training; in blocks, rounded up to whole tokens',
                                     at_least=0, below=1, **NELBO)
-    diffusion_t_max: float = option(1.0, 'greatest masking rate in training, rounded likewise', above=0, at_most=1, **NELBO)
+    diffusion_t_max: float = option(1.0, 'greatest masking rate in training; in blocks, rounded up', above=0, at_most=1,
+                                    **NELBO)
     penalty_keep_mask: float = option(0.25, 'weight of a masked token for which [MASK] is predicted', **REPAIR)
     penalty_mask_correct: float = option(0.5, 'weight of a right token for which [MASK] is predicted', **REPAIR)
     drift_weight: float = option(1.0, 'weight of the field; the bound has 1', types='diffusion', at_least=0, needs=DRIFT)
@@ -927,9 +928,6 @@ def contradictions(c):
         f'heat_t_min={c.heat_t_min} must be below heat_t_max={c.heat_t_max}': c.heat_t_min >= c.heat_t_max,
         f'diffusion_t_min={c.diffusion_t_min} must be below diffusion_t_max={c.diffusion_t_max}':
             c.diffusion_t_min >= c.diffusion_t_max,
-        f'diffusion_complement=True masks what the first copy shows: diffusion_t_min={c.diffusion_t_min} and '
-        f'diffusion_t_max={c.diffusion_t_max} must add up to 1':
-            c.diffusion_complement and not math.isclose(c.diffusion_t_min + c.diffusion_t_max, 1),
         f'parallel runs blocks in pairs: n_layer={c.n_layer} must be even': kind == 'parallel' and c.n_layer % 2,
         f'duo looks one token ahead: block_size={c.block_size} must be at least 2': kind == 'duo' and c.block_size < 2,
         f'drifting is measured by 3-grams: block_size={c.block_size} must be at least 3':

@@ -32,7 +32,7 @@ from generate_diffusion import (
 from nanodrift import player
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
-from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
+from nanodrift.machine import DTYPES, autocast, limit_threads, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, configure, mistake, option, run
 from nanodrift.refinement import RefineConfig, check_defined
 from nanodrift.tokenizer import encode_prompt
@@ -174,7 +174,7 @@ def write_by_refinement(side, task, text, values, answer):
     recorder, first = player.Recorder(), None
     steps = Tally().refine(model, canvas, 1, refine_config, derive_seed(config.seed, 0),
                            ended=lambda ids: all_ended(ids, c, refine_config, given, eot))
-    for step in side.computed(steps, answer):
+    for step in map(player.first_row, side.computed(steps, answer)):
         first = first or step
         recorder.add(step)
         answer.tokens = shown(first, step, tokenizer, c.vocab_size)[lead:]
@@ -313,6 +313,7 @@ def build_page(gradio, sides):
 
 def main(argv):
     config, _ = configure(argv, PlayConfig, description=__doc__)
+    limit_threads()
     device = pick_device(config.device, float64=True)  # which refinement draws in
     sides = [Side(name, config, device) for name in config.out_dir.split(',')]
     gradio = import_gradio()

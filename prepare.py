@@ -39,7 +39,7 @@ import numpy as np
 from nanodrift import corpus
 from nanodrift.corpus import DATASETS, TEXT_KEY, make_source, split_stream
 from nanodrift.options import UserError, configure, one_of, option, run
-from nanodrift.system import cores, write_atomically
+from nanodrift.system import cores, move, write_atomically
 from nanodrift.tokenizer import EOT_TEXT, check_spec, last_safe_cut, tokenizer_from_spec
 
 BPE_SAMPLE = 20_000_000     # the characters, from the start of the training text, that a bpe tokenizer learns from
@@ -170,8 +170,8 @@ def training_sample(stream):
 
 @contextlib.contextmanager
 def temporary_folder(folder):
-    """A hidden folder next to the data set's, removed at the end, whatever happens. Where the data set's folder is a link it
-    lies next to the folder itself, since files can be renamed on one disk only."""
+    """A hidden folder next to the data set's, removed at the end, whatever happens. Where the data set's folder is a link,
+    it lies next to the link's target, because a rename works on one disk only."""
     data_dir, name = os.path.split(os.path.realpath(folder))
     prefix = f'.{name}.tmp-'
     os.makedirs(data_dir, exist_ok=True)
@@ -187,22 +187,25 @@ def temporary_folder(folder):
 
 
 def publish(temporary, folder):
-    """Moves a finished data set into place. Without meta.json, which goes first and comes last, it counts as
+    """Moves a finished data set into place. Without meta.json, which is removed first and moved in last, it counts as
     incomplete, so that no reader sees old and new files together. Signals are held off meanwhile."""
     os.makedirs(folder, exist_ok=True)
     files, put_aside = ('train.bin', 'val.bin', 'meta.json'), []
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
-            for file in filter(lambda file: os.path.exists(os.path.join(folder, file)), files[::-1]):
-                os.replace(os.path.join(folder, file), os.path.join(temporary, f'old {file}'))
-                put_aside.append(file)
+            for path in [path for file in files[::-1] if os.path.exists(path := os.path.join(folder, file))]:
+                os.replace(path, f'{path}.old')
+                put_aside.append(path)
             for file in files:
-                os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+                move(os.path.join(temporary, file), os.path.join(folder, file))
         except OSError:  # Windows does not move a file that somebody reads: the old data set stays
-            for file in put_aside[::-1]:
-                os.replace(os.path.join(temporary, f'old {file}'), os.path.join(folder, file))
+            for path in put_aside[::-1]:
+                move(f'{path}.old', path)
             raise
+        for path in put_aside:
+            with contextlib.suppress(OSError):
+                os.remove(f'{path}.old')
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -19,7 +19,7 @@ from nanodrift import drafting
 from nanodrift.checkpoint import FILES
 from nanodrift.data import derive_seed
 from nanodrift.huggingface import open_run
-from nanodrift.machine import DTYPES, autocast, pick_device, pick_dtype
+from nanodrift.machine import DTYPES, autocast, limit_threads, pick_device, pick_dtype
 from nanodrift.options import UserError, build, check_options, option, read_values, run
 from nanodrift.system import print_utf8
 from nanodrift.tokenizer import encode_prompt, tokenizer_from_meta
@@ -178,6 +178,7 @@ def print_at_once(text, tokenizer, model, prompt, config):
 def main(argv):
     values, _ = read_values(argv, SampleConfig, description=__doc__)
     config, = build(values, SampleConfig)
+    limit_threads()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, tokenizer = load(config, device)

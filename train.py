@@ -167,7 +167,7 @@ class Trainer:
         self.network = self._wrap(self.model)
         self._begin(late=ranks.device.type == 'cuda')
         if ranks.first and config.overwrite and resumed is None and not config.eval_only:
-            checkpoint.remove_run(config.out_dir)  # not before all that can be a mistake has been checked
+            checkpoint.remove_run(config.out_dir)  # only now: a mistake in the settings must not cost the old run
         self.log = RunLog(self, self.log_bytes) if ranks.first else None
         self.stop_signal = None
         if resumed is not None:
@@ -340,7 +340,7 @@ class Trainer:
             self.best_val_loss = val[metric]
             self.save('best', 'last')
         elif keep and self.iter_num == self.schedule.max_iters:
-            self.save('last')  # which knows of this evaluation's line, so that a longer run keeps it
+            self.save('last')  # its log_bytes have this evaluation's line, which a longer run would cut off otherwise
 
     def evaluate(self, split):
         """{name: value} of the objective's metrics over fixed windows of a split."""
@@ -412,7 +412,10 @@ class Trainer:
         if resumed is not None:
             check_same_model(resumed, model_config, self.meta)
             check_same_data(resumed, c, self.meta)
-        source = None
+        source, rates = None, (model_config.diffusion_t_min, model_config.diffusion_t_max)
+        if resumed is None and model_config.diffusion_complement and not math.isclose(sum(rates), 1):
+            raise UserError(f'with diffusion_complement=True the second copy is masked at rate 1 - t: diffusion_t_min='
+                            f'{rates[0]} and diffusion_t_max={rates[1]} must add up to 1')
         if c.init_from not in ('scratch', 'resume'):
             source = self._source_of_weights(model_config)
             asked, model_config = model_config, fitted(model_config, source['model_args'])

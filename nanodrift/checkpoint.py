@@ -101,7 +101,7 @@ def lock(out_dir):
             yield
         finally:
             with contextlib.suppress(OSError):  # somebody may have removed the folder; Windows keeps open files
-                if made and not holds_run(out_dir):  # nothing came of it: a mistake leaves no file and no folder
+                if made and not holds_run(out_dir):  # no checkpoint was written: remove what this call made
                     os.remove(path)
                 if not os.listdir(out_dir):
                     os.rmdir(out_dir)

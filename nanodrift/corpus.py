@@ -216,12 +216,15 @@ def read_csv(path, key):
                 raise UserError(f'{path} has no column {key!r}; --text_key=NAME picks one of: '
                                 f'{", ".join(rows.fieldnames or ())}')
             for row in rows:
-                if None in row:
+                if any(row.get(None, ())):
                     raise UserError(f'{path}, line {rows.line_num}: more cells than the header has; text that holds the '
                                     'separator must stand in double quotes')
                 yield row[key]
-        except (UnicodeDecodeError, csv.Error) as e:
+        except UnicodeDecodeError as e:
             raise UserError(f'{path}, line {rows.line_num + 1}: {e}') from None
+        except csv.Error as e:
+            raise UserError(f'{path}, line {rows.line_num + 1}: {str(e)!r}; a cell with quotes in it must stand in quotes, '
+                            'and have each of its own twice') from None
 
 
 def read_parquet(path, key):
@@ -373,7 +376,7 @@ def hub_is_reachable():
     try:
         url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
         urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=5).close()
-    except (ValueError, http.client.HTTPException):  # HF_ENDPOINT without https://, a reply that is none
+    except (ValueError, http.client.HTTPException):  # HF_ENDPOINT without https://, a reply that is not HTTP
         return False
     except OSError as e:    # an HTTP error or a certificate that we cannot check is a reply too
         return isinstance(e, urllib.error.HTTPError) or isinstance(getattr(e, 'reason', None), ssl.SSLError)

@@ -32,8 +32,8 @@ INSIDE = f'hf:./{ENCODER}'  # what its config.json calls that, wherever the expo
 # reading
 
 def holds_weights(folder):
-    """Whether a folder has weights in Hugging Face's format."""
-    return any(glob.glob(os.path.join(glob.escape(folder), pattern))
+    """Whether a folder has a model in Hugging Face's format."""
+    return os.path.exists(os.path.join(folder, 'config.json')) and any(glob.glob(os.path.join(glob.escape(folder), pattern))
                for pattern in ('model*.safetensors*', 'pytorch_model*.bin*'))
 
 

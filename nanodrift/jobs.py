@@ -8,15 +8,13 @@ import subprocess
 import sys
 import time
 
-import torch
-
-from nanodrift.machine import STOPPING
+from nanodrift.machine import STOPPING, threads
 from nanodrift.options import UserError
 from nanodrift.runlog import tell
 from nanodrift.runs import divergence
 
 POLL = 0.1  # seconds between two looks at what runs
-# what asks a command to save and end, and what gives it a terminal's Ctrl-C of its own: that would come a second time
+# POLITE asks a command to save and end. APART keeps it from a terminal's Ctrl-C, which would reach it a second time.
 POLITE = signal.SIGTERM if os.name == 'posix' else signal.CTRL_BREAK_EVENT
 APART = {'start_new_session': True} if os.name == 'posix' else {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP}
 
@@ -25,7 +23,7 @@ def run_all(start, ended, count, at_once):
     """Runs `count` commands, `at_once` of them at a time: start(i, slot) starts one of them and returns its Popen, ended(i,
     exit code) is told of its end. No two that run at the same time have the same slot, which is below at_once.
 
-    After a signal of STOPPING nothing is started; what runs is sent SIGTERM, and when all has ended, SystemExit is raised
+    After a signal of STOPPING nothing is started; what runs is sent POLITE, and when all has ended, SystemExit is raised
     with 128 + the signal. Where start or ended raises, what still runs is ended in the same way."""
     signals, running, waiting = [], {}, list(range(count))
     before = {number: signal.signal(number, lambda number, frame: signals.append((number, time.monotonic())))
@@ -49,7 +47,7 @@ def run_all(start, ended, count, at_once):
 
 
 def end(children, signals):
-    """Sends SIGTERM to commands and waits for them; a signal that comes a second later or more kills them. signals:
+    """Sends POLITE to commands and waits for them; a signal that comes a second later or more kills them. signals:
     [(number, when)], to which signal handlers add."""
     if not children:
         return
@@ -66,7 +64,7 @@ def end(children, signals):
 
 def threads_of_each(at_once):
     """How many threads a run has where so many run at the same time on this CPU."""
-    return max(1, torch.get_num_threads() // at_once)
+    return max(1, threads() // at_once)
 
 
 def what_it_said(path, begun):

@@ -107,10 +107,19 @@ def pick_device(name, float64=False):
     there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[kind]
     if index and not index.isdecimal() or int(index or 0) >= there:
         raise UserError(f'device={name}: this machine or this build of PyTorch has {there} of {kind}; use --device=cpu')
-    if kind == 'cuda':
-        torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16: all commands multiply alike
     # torch.cuda.set_device refuses a device without a number
     return torch.device(kind, int(index or 0)) if kind == 'cuda' else torch.device(name)
+
+
+def threads():
+    """How many threads this process may compute with. PyTorch counts the cores of the machine, also those that a container
+    may not use."""
+    return torch.get_num_threads() if 'OMP_NUM_THREADS' in os.environ else min(torch.get_num_threads(), cores())
+
+
+def limit_threads():
+    if threads() < torch.get_num_threads():
+        torch.set_num_threads(threads())
 
 
 def read_later(values):
@@ -180,8 +189,9 @@ def compiler_works(device):
 def setup_ranks(device, backend, timeout):
     """Joins the process group when torchrun started this process. Raises UserError on a device that is not there."""
     device = pick_device(device)
-    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:  # torch asks the machine, not the container
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32, where there is no bfloat16
+    limit_threads()
     if 'RANK' not in os.environ:
         if device.type == 'cuda':
             torch.cuda.set_device(device)
@@ -203,7 +213,7 @@ def setup_ranks(device, backend, timeout):
             # torchrun keeps its store when it starts the ranks again: they would read the addresses of those that are gone
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
-    except ValueError as e:  # a variable is missing, of a launcher that has gone
+    except ValueError as e:  # RANK is set, but not what torchrun sets with it
         raise UserError(f'{e}: set MASTER_ADDR, MASTER_PORT and WORLD_SIZE too, or unset RANK') from None
     except RuntimeError as e:
         reason, number = str(e).splitlines()[0], os.environ.get('WORLD_SIZE')

@@ -27,11 +27,13 @@ OLD, NEW, SAME, PLAIN = '\x1b[31;9m', '\x1b[32m', '\x1b[33m', '\x1b[0m'
 class Recording:
     """One sample's refinement. `frames`: for each step that is shown, for each position (text, confidence, revised); text is
     None where it is open. `fixed`: whether a position was given. For each frame: `passes`, forward passes so far, and
-    `steps`, the number of its step."""
+    `steps`, the number of its step. `every`: of the steps that changed something the first, the one that many later, and so
+    on are shown."""
     frames: list
     fixed: list
     passes: list
     steps: list
+    every: int = 1
 
     @classmethod
     def of(cls, steps, tokenizer, mask):
@@ -54,16 +56,22 @@ class Recording:
         return recording
 
 
+def first_row(step):
+    """The Step of one sample alone, on the CPU."""
+    return Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes)))
+
+
 class Recorder:
-    """Keeps the first row of the Steps that it is given, for a Recording: none that changes nothing, and of the others all,
-    or every second, fourth ... where they would have more than `most` cells; the newest always."""
+    """Keeps the first row of each Step that changes something, for a Recording. Where these would be more than `most` cells,
+    it keeps every second, fourth ... of them. The newest Step is always kept."""
 
     def __init__(self, most=MOST_CELLS):
         self.most, self.every, self.given, self.changes = most, 1, 0, 0
-        self.kept = []  # (how many steps have changed something before, the number of the step, the Step)
+        self.kept, self.newest = [], None  # (how many steps have changed something before, number of the step, Step)
 
     def add(self, step):
-        row = Step(*(value[:1].cpu() for value in (step.ids, step.confidence, step.revised, step.passes)))
+        row = first_row(step)
+        self.newest = self.given, row
         if not self.kept or not torch.equal(row.ids, self.kept[-1][-1].ids):
             self._keep(self.changes, self.given, row)
             self.changes += 1
@@ -74,12 +82,15 @@ class Recorder:
                 self._keep(*entry)
 
     def _keep(self, change, number, row):
-        if self.kept and self.kept[-1][0] % self.every:  # the newest so far, which is not one of those that stay
+        if self.kept and self.kept[-1][0] % self.every:  # the last one was kept only as the newest
             row = replace(row, revised=row.revised | self.kept.pop()[-1].revised)
         self.kept.append((change, number, row))
 
     def recording(self, tokenizer, mask):
-        return Recording.of_numbered(((number, row) for _, number, row in self.kept), tokenizer, mask)
+        steps = [(number, row) for _, number, row in self.kept]
+        recording = Recording.of_numbered(steps + [self.newest] * (steps[-1][0] != self.newest[0]), tokenizer, mask)
+        recording.every = self.every
+        return recording
 
 
 def characters(tokens):

@@ -123,8 +123,8 @@ def in_inference_mode(steps):
 
 
 def refine_canvas(canvas, config, rng):
-    """Fills a Canvas, as `refine` says. With block_length each block of all rows has its share of max_steps, however many
-    blocks a row has itself."""
+    """Fills a Canvas, as `refine` says. With block_length every block gets an equal share of max_steps, counted by the row
+    with the most blocks."""
     mask = canvas.mask
     blocks = list(split_blocks(canvas.free, config.block_length))
     whole, more = divmod(config.max_steps, max(1, len(blocks)))

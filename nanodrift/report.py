@@ -188,7 +188,7 @@ def conclusions(rows):
             if row is not base:
                 words, by = verdict(row, base, part, key), abs(row[part][key][0] - base[part][key][0])
                 told[words].append(row['variant'] + (f' (by {shown((by, None))})' if words in (LOWER, HIGHER) else ''))
-        of_bounds = part == 'likelihood' and base['bound']  # then all are bounds, and so is what can be said
+        of_bounds = part == 'likelihood' and base['bound']  # the baseline is a bound only where all are
         its, measure = shown(base[part][key], of_bounds), ('the bound on the ' if of_bounds else '') + SUMMARY[part, key]
         verdicts = '; '.join(f'{words}: {", ".join(names)}' for words, names in told.items() if names)
         sentences.append(f'{measure[0].upper()}{measure[1:]}, compared with {base["variant"]} ({its}): {verdicts}.')

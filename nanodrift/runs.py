@@ -93,7 +93,7 @@ class Run:
 
     def finished(self, state):
         """Whether the run with this last checkpoint, which may be None, has been evaluated after its last iteration. The
-        checkpoint records that evaluation only if it was the best; else metrics.jsonl has it."""
+        checkpoint records that evaluation; where the process was killed before it was saved, metrics.jsonl alone has it."""
         if state is None or state['iter_num'] != self.max_iters:
             return False
         return self.max_iters == state['evaluated_iter'] or \

@@ -9,12 +9,12 @@ import sys
 import time
 
 CGROUP = '/sys/fs/cgroup'  # where a container finds its limits
-MINUTE = [0.1] * 600
+WAITS = [0.1] * 600  # seconds; a minute together
 
 
 def move(source, target):
     """os.replace. On Windows it fails while somebody reads the target, a virus scanner say, and is tried for a minute."""
-    for wait in MINUTE if os.name == 'nt' else []:
+    for wait in WAITS if os.name == 'nt' else []:
         try:
             return os.replace(source, target)
         except PermissionError:
@@ -44,14 +44,14 @@ def flush_folder(path):
     if os.name == 'posix':
         folder = os.open(path, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # network file systems of Windows cannot
+            with contextlib.suppress(OSError):  # some network shares (SMB) cannot
                 os.fsync(folder)
         finally:
             os.close(folder)
 
 
 def print_utf8(newline=None):
-    """Makes stdout take any text, whatever the locale. In a notebook, where it is of another kind, it does."""
+    """Makes stdout take any text, whatever the locale. A notebook's stdout is another object, which takes any already."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding='utf-8', errors='replace', newline=newline)
 

@@ -148,8 +148,8 @@ class BPETokenizer(Tokenizer):
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
-            raise UserError('the text has more white space in one piece than the pattern of pre-tokens can be matched on, '
-                            'about a million characters: shorten it, or use --tokenizer=byte') from None
+            raise UserError('one run of white space in the text is too long, about a million characters: shorten it, or '
+                            'prepare and train with --tokenizer=byte') from None
 
     def safe_cut(self, text, start=0):
         """See `Tokenizer.safe_cut`."""

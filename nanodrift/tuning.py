@@ -28,16 +28,16 @@ def best_of(losses):
     return min((factor for factor in losses if losses[factor] < math.inf), key=lambda n: (losses[n], n), default=None)
 
 
-def undecided(losses, stderr):
-    """Whether the best of several losses is ahead of the next one by less than a standard error."""
-    first, *others = sorted(losses.values())
-    return bool(others) and others[0] - first < stderr
+def undecided(losses, stderrs):
+    """Whether the lead of the best of several losses is less than its standard error. Both: {factor: number}."""
+    best, *others = sorted(losses, key=losses.get)
+    return bool(others) and losses[others[0]] - losses[best] < math.hypot(stderrs[best], stderrs[others[0]])
 
 
 def told(tries, losses, measure):
     """What the report says of tries that have ended: `measure` is what their losses are."""
     rates, best = {factor: attempt.settings['learning_rate'] for factor, attempt in tries.items()}, best_of(losses)
     return {'measure': measure, 'learning_rate': rates.get(best), 'at_the_edge': best in (min(losses), max(losses)),
-            'undecided': undecided(losses, max(attempt.last_stderr() for attempt in tries.values())),
+            'undecided': undecided(losses, {factor: attempt.last_stderr() for factor, attempt in tries.items()}),
             'tries': [{'learning_rate': rates[factor], 'val_loss': loss if loss < math.inf else None}
                       for factor, loss in losses.items()]}

@@ -229,7 +229,7 @@ MISTAKES = {
         ('--figure=x.pdf', '.png'), ('--figure=no/x.png', 'no such folder'), ('--stride=99', 'at most block_size'),
         ('--out_dir=repair --stride=4', 'causal'), ('--out_dir=repair --judge=run', 'lower --length'),
         ('--out_dir=repair --judge=run --length=8', '--num_samples='), ('--data=no', 'does not exist'),
-        ('--data=data/tiny_char', 'prepare the text'), ('--out_dir=exported', 'no checkpoint'),
+        ('--data=data/tiny_char', 'prepare the text'), ('--out_dir=exported', 'write hf:exported'),
         ('--out_dir=hf:exported', '--data=FOLDER'), ('--limit=3', '--tasks'), ('--num_fewshot=0', '--tasks'),
         ('--tasks=no.yaml', 'windows has no meaning'), ('--tasks=no.yaml --windows=0', 'tasks'),
         ('--out_dir=repair --judge=run --length=8 --num_samples=10 --ways=max_steps=0', 'max_steps'),

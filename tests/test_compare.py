@@ -158,6 +158,14 @@ def test_no_more_text_is_evaluated_than_a_run_trains_on(place, words, calls, cap
         assert re.search(r'^gpt2, seed 1: validation text, \d+\.\d s$', capsys.readouterr().out, re.MULTILINE)
 
 
+def test_all_are_evaluated_on_the_text_of_the_shortest_run(place, words, calls, monkeypatch):
+    monkeypatch.setattr(compare, 'iterations', lambda config, planned: 4 if planned.variant == 'heat' else 8)
+    compare.main(words('shortest', '--variants=gpt2,heat', '--seeds=1', '--samples=0'))
+    found = [json.loads((place / 'shortest' / 'runs' / f'{name}_seed1' / 'evaluation.json').read_text())
+             for name in ('gpt2', 'heat')]
+    assert [evaluation['likelihood']['predictions'] for evaluation in found] == [512, 512]
+
+
 def test_curves_have_points_and_the_time_counts(place, words, calls):
     compare.main(words('curves', '--variants=gpt2', '--seeds=7', '--samples=0', '--tokens=5120'))
     folder = place / 'curves' / 'runs' / 'gpt2_seed7'

@@ -13,10 +13,12 @@ from conftest import QUICK, WAYS
 from test_machine import finish
 from test_train import metrics
 
+import play
 import train
 from nanodrift import drafting, kernels, kv_cache
 from nanodrift.machine import Ranks
 from nanodrift.refinement import ORDERS, REMASKS, RefineConfig
+from nanodrift.tokenizer import ByteTokenizer
 
 # of a training step of the tiny models: operations that are not views, and MB that they read and write. A loop over
 # positions or rows, or a chunk that is too small, goes past these. Drifting takes its field in dozens of feature sets.
@@ -195,6 +197,25 @@ def test_generation_and_refinement_keep_to_their_device(second, model_type):
     ways = {'diffusion': ['refine'], 'blocks': ['refine'], 'shifted blocks': ['refine'], 'token drift': ['refine'],
             'drifting': ['at once'], 'drafts': [*CAUSAL, 'own']}.get(model_type, CAUSAL)
     second(write, list(ways), model_type=model_type)
+
+
+def play_tasks(trainer, mode):
+    """The errors of two tasks. Repair is left out: the second device has no inference mode of its own."""
+    side = object.__new__(play.Side)
+    side.model, side.tokenizer, side.dtype, side.title = trainer.model.eval(), ByteTokenizer(), 'float32', 'a model'
+    side.write, side.settings = play.WAYS.get(trainer.model.config.model_type, play.LEFT_TO_RIGHT)
+    errors = []
+    for task, text in zip((play.CONTINUE, play.GAPS), ('ab', 'a___b')):
+        *_, (_, answer) = play.answers([side], task, text, 1, [{}])
+        errors.append(answer.error)
+    return errors
+
+
+@pytest.mark.parametrize('model_type', ['gpt2', *(pytest.param(kind, marks=pytest.mark.slow)
+                                                  for kind in ('diffusion', 'blocks', 'drifting'))])
+def test_the_page_keeps_to_the_device(second, model_type):
+    fills_gaps = model_type in ('diffusion', 'blocks')
+    assert [not error for error in second(play_tasks, model_type=model_type)] == [True, fills_gaps]
 
 
 def mix(trainer, mode, what):

@@ -214,7 +214,7 @@ def test_drifting_has_samples_and_no_likelihood(go, runs):
     assert f'{runs["drifting"]} (drifting) has no likelihood' in out.replace('\n', ' ')
     assert found['likelihood'][runs['drifting']] == {} and found['samples'][runs['drifting']]['nfe'] == 1
     _, cold = go('drifting', f'--judge={runs["judge"]}', *args, '--temperature=0.1')
-    assert cold['samples'][runs['drifting']] != found['samples'][runs['drifting']]
+    assert cold['samples'][runs['drifting']]['js_1'] != found['samples'][runs['drifting']]['js_1']
     with pytest.raises(UserError, match='cannot judge'):
         go('drifting', f'--judge={runs["encoder"]}', *args)
 

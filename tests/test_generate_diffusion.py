@@ -270,10 +270,10 @@ def of_row(row, revised=()):
 
 def test_steps_that_change_nothing_are_not_recorded():
     recorder = player.Recorder()
-    for row in ([97, 257, 257], [97, 98, 257], [97, 98, 257], [97, 98, 257], [97, 98, 99]):
+    for row in ([97, 257, 257], [97, 98, 257], [97, 98, 257], [97, 98, 257], [97, 98, 99], [97, 98, 99], [97, 98, 99]):
         recorder.add(of_row(row))
     recorded = recorder.recording(ByteTokenizer(), 257)
-    assert recorded.steps == [0, 1, 4] and len(recorded.frames) == 3 == len(recorded.passes)
+    assert recorded.steps == [0, 1, 4, 6] and len(recorded.frames) == 4 == len(recorded.passes)  # the last one, too
     assert player.picture(recorded, 2, [1] * 3, 80, 25).plain.startswith('step 4, ')
 
 

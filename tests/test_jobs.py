@@ -119,7 +119,7 @@ def test_what_hangs_is_killed_by_a_second_signal(capfd):
     def start(i, slot):
         children.append(subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, start_new_session=True))
         assert children[i].stdout.readline() == b'begun\n'
-        for after in (0.5, 2.0) if i == 1 else ():
+        for after in (0.5, 5.0) if i == 1 else ():
             threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
         return children[i]
     with pytest.raises(SystemExit) as e:

@@ -13,7 +13,7 @@ from conftest import ROOT, WAYS, resume
 from test_train import HARD, assert_same_run, every_type, lines, load, metrics
 
 import train
-from nanodrift import checkpoint, options
+from nanodrift import checkpoint, jobs, machine, options
 from nanodrift.machine import ROLL_CALL, Ranks, pick_device, setup_ranks
 from nanodrift.options import UserError
 
@@ -56,7 +56,8 @@ def test_two_ranks_train_as_one(tiny, command_line, fork_ranks, tmp_path, model_
     finish(fork_ranks(train_rank, command_line(out_dir='two', **overrides)), tmp_path)
     a, b = load(one.out_dir), load(str(tmp_path / 'two'))
     assert list(a['model']) == list(b['model'])  # no prefixes
-    # sharding adds up gradients in another order, and so do ranks a field: Adam makes that large where they are near 0
+    # Sharding adds up gradients in another order, and ranks do so with a field. Where a gradient is near 0, Adam turns the
+    # difference into a large step.
     field = model_type in ('drifting', 'token drift')
     band = 1e-4 if more or field else 1e-6
     for weights in ('model', 'ema'):
@@ -276,6 +277,23 @@ def test_a_rank_without_the_others_addresses_is_one_line(monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(UserError, match='WORLD_SIZE.*unset RANK'), setup_ranks('cpu', 'gloo', 5):
         pass
+
+
+def test_a_container_has_no_more_threads_than_cores(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(machine, 'cores', lambda: 2)
+    try:
+        torch.set_num_threads(3)
+        assert machine.threads() == 2 and jobs.threads_of_each(2) == 1
+        setup_ranks('cpu', 'gloo', 5)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv('OMP_NUM_THREADS', '3')
+        torch.set_num_threads(3)
+        setup_ranks('cpu', 'gloo', 5)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_number_of_micro_batches_is_rounded_up(tiny):

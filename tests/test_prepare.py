@@ -651,7 +651,7 @@ def test_a_file_that_cannot_be_replaced_leaves_the_old_data_set_whole(cli, tmp_p
     before = snapshot(cli.work)
 
     def refused(source, target, replace=os.replace):
-        if os.path.basename(source) == name and '.tmp-' not in str(source):
+        if os.path.basename(source) == name and str(target).endswith('.old'):
             raise PermissionError(13, 'Permission denied', source, None, target)
         replace(source, target)
     monkeypatch.setattr(os, 'replace', refused)

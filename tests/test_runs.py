@@ -18,7 +18,7 @@ def test_finished_is_what_the_checkpoint_says(command_line):
     state, loss = run.state(), read_lines(run.folder)[-1]['val_loss']
     assert run.finished(state) and run.last_loss() == loss and run.iterations_left() == 0 and not longer.finished(state)
     assert not run.finished(state | {'evaluated_iter': 5, 'best_val_loss': loss + 1})
-    assert run.finished(state | {'evaluated_iter': 5, 'best_val_loss': loss - 1})  # never saved again
+    assert run.finished(state | {'evaluated_iter': 5, 'best_val_loss': loss - 1})  # killed before it was saved again
     with pytest.raises(UserError, match='max_iters=6, not 7.*--out_dir'):
         longer.state()
 

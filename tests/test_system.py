@@ -17,7 +17,7 @@ def test_windows_waits_for_whoever_reads_the_file(tmp_path, monkeypatch):
             raise refusals.pop()
         real(source, target)
     (tmp_path / 'new').write_text('new')
-    monkeypatch.setattr(system, 'MINUTE', [0.0] * 5)
+    monkeypatch.setattr(system, 'WAITS', [0.0] * 5)
     monkeypatch.setattr(os, 'replace', replace)
     with monkeypatch.context() as patch:
         patch.setattr(os, 'name', 'nt')

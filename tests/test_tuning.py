@@ -9,9 +9,11 @@ def test_a_ladder_is_geometric_and_has_the_rate_of_the_recipe():
 
 
 def test_a_lead_within_the_error_of_a_bound_decides_nothing():
-    assert tuning.undecided({0.5: 5.72, 1.0: 5.71, 2.0: 5.75}, 0.03) and not tuning.undecided({0.5: 5.0, 1.0: 5.71}, 0.03)
-    assert not tuning.undecided({0.5: 3.01, 1.0: 3.0}, 0.0) and not tuning.undecided({1.0: 3.0}, 0.03)
-    assert not tuning.undecided({0.5: math.inf, 1.0: 3.0}, 0.03)
+    stderrs = {0.5: 0.03, 1.0: 0.03, 2.0: 9.0}
+    assert tuning.undecided({0.5: 5.68, 1.0: 5.72, 2.0: 5.75}, stderrs)
+    assert not tuning.undecided({0.5: 5.68, 1.0: 5.73, 2.0: 5.75}, stderrs) and not tuning.undecided({1.0: 3.0}, stderrs)
+    assert not tuning.undecided({0.5: 3.01, 1.0: 3.0}, {0.5: 0.0, 1.0: 0.0})
+    assert not tuning.undecided({0.5: math.inf, 1.0: 3.0}, stderrs)
 
 
 def test_the_best_try_has_the_lowest_loss():
