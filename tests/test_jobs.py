@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from nanodrift import jobs
 from nanodrift.machine import STOPPING
@@ -59,7 +60,7 @@ def go(tmp_path):
 @pytest.mark.parametrize('at_once, device', [(1, 'cpu'), (2, 'cpu'), (2, 'cuda:0')])
 def test_each_has_its_share_of_the_cores_or_a_gpu(tmp_path, monkeypatch, capfd, at_once, device):
     """Of two, each is told its slot as its GPU, and half of the threads; one alone is told nothing."""
-    monkeypatch.setattr(jobs.torch, 'get_num_threads', lambda: 6)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 6)
     monkeypatch.setenv('OMP_NUM_THREADS', '6')
     told = 'import os, sys, time; print(*sys.argv[1:], os.environ["OMP_NUM_THREADS"], flush=True); time.sleep(0.5)'
     folders = [str(tmp_path / name) for name in 'ab']
