@@ -1,7 +1,7 @@
 """
 A picture of the README: the validation loss of each variant of a comparison.
 
-    python -m experiments.comparison_figure --results=docs/comparison_tinystories.json
+    python -m experiments.comparison_figure --results=docs/comparison_python.json
 
 It draws the results.json that compare.py writes; each says where its numbers come from.
 """
@@ -21,7 +21,7 @@ INK, FAINT, MARK = '#22252a', '#8a8f98', '#2f6f8f'
 @dataclass
 class FigureConfig:
     """Which comparison is drawn."""
-    results: str = option('docs/comparison_tinystories.json', 'results.json of compare.py')
+    results: str = option('docs/comparison_python.json', 'results.json of compare.py')
     figure: str = option('docs/losses.png', 'where the picture goes')
 
 
