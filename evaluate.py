@@ -71,7 +71,7 @@ class EvalConfig:
     limit: int = option(0, 'examples of each task; 0 takes all', at_least=0)
     seed: int = option(1337, "of samples, what they are compared with, and tasks' masks", at_least=0, below=2 ** 63)
     device: str = option('auto', "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    dtype: str = option('auto', 'of likelihoods: auto takes the fastest safe one; samples are drawn in float32, or TF32',
+    dtype: str = option('auto', 'of likelihoods: auto takes the fastest safe one; samples take float32 (GPUs: TF32)',
                         ('auto', *DTYPES))
     backend: str = option('auto', 'of torch.distributed: auto is nccl on GPUs, gloo on CPUs', ('auto', 'nccl', 'gloo'))
 

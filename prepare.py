@@ -203,9 +203,9 @@ def publish(temporary, folder):
             for path in put_aside[::-1]:
                 move(f'{path}.old', path)
             raise
-        for path in put_aside:
+        for file in files:  # those too that a killed process has left
             with contextlib.suppress(OSError):
-                os.remove(f'{path}.old')
+                os.remove(os.path.join(folder, f'{file}.old'))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

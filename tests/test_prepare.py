@@ -642,6 +642,10 @@ def test_publish_never_shows_a_mixture(tmp_path, monkeypatch):
         else:
             load_meta(old)
             assert (old / 'train.bin').read_bytes() == (old / 'val.bin').read_bytes() == bytes([steps // 6] * 2)
+    left = tmp_path / 'old2'  # killed in the middle, and made again
+    build(tmp_path / 'again', [1, 1])
+    prepare.publish(tmp_path / 'again', left)
+    assert sorted(os.listdir(left)) == ['meta.json', 'train.bin', 'val.bin'] and load_meta(left)
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
